@@ -1,0 +1,59 @@
+"""Argument checks: every message names function, argument, what it got and what it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    where: str,
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int | None] | None = None,
+    dims: str | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless ``value`` is a tensor of this shape (None = any size), dtype and device.
+
+    Args:
+        where: name of the public function, put in front of the message.
+        name: the argument's name.
+        shape: expected sizes; None as a size means any.
+        dims: the shape in symbols, for the message, for example ``"(B, T, H)"``.
+        dtypes: accepted dtypes.
+        device: the device the other arguments are on.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: a wrong shape or device.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where}: `{name}` must be a torch.Tensor, got {type(value).__name__}")
+    if shape is not None and (
+        value.dim() != len(shape)
+        or any(want is not None and got != want for got, want in zip(value.shape, shape))
+    ):
+        want = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        symbols = f"{dims} = " if dims else ""
+        raise ValueError(
+            f"{where}: `{name}` has shape {tuple(value.shape)}, expected {symbols}{want}"
+        )
+    if dtypes is not None and value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{where}: `{name}` is {value.dtype}, expected one of {names}")
+    if device is not None and value.device != device:
+        raise ValueError(
+            f"{where}: `{name}` is on {value.device}, expected {device} like the other arguments"
+        )
+
+
+def check(where: str, condition: bool, message: str) -> None:
+    """Raise ``ValueError("<where>: <message>")`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{where}: {message}")

@@ -1,0 +1,196 @@
+"""Registration of operators with torch.library, and the table of their backends.
+
+Every operator lives in the namespace ``nemokernels`` and is defined once, in Python. It has three
+legs: CPU runs the plain-torch reference, Meta runs the fake, CUDA runs what the operator's
+``plan()`` picks (a kernel, or the reference with one warning where no kernel exists yet).
+
+Rules that hold for every operator:
+
+* outputs are contiguous and never alias an input, so the fake is ``new_empty`` of the right shape;
+* functional operators are differentiable themselves (``register_autograd``); their backward is a
+  second operator, which refuses to be differentiated again;
+* operators that mutate (caches, states) say so in the schema and refuse inputs that need gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAMESPACE = "nemokernels"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@dataclass
+class Family:
+    """One folder under ``ops/``: its operators and the backends they have besides the reference.
+
+    ``backends`` maps a backend's name to a function ``device -> reason`` that says why it cannot
+    run there, or returns None if it can. Order is preference.
+    """
+
+    name: str
+    backends: dict[str, Callable[[torch.device], str | None]] = field(default_factory=dict)
+    operators: dict[str, Operator] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator. ``example(device, dtype)`` returns small arguments it accepts."""
+
+    overload: torch._ops.OpOverload
+    reference: Callable
+    example: Callable[[torch.device, torch.dtype], tuple] | None
+    differentiable: bool
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(
+    name: str, backends: dict[str, Callable[[torch.device], str | None]] | None = None
+) -> Family:
+    """Declare the op folder ``name`` and the fast backends it has."""
+    if name in FAMILIES:
+        raise RuntimeError(f"op family {name!r} is declared twice")
+    FAMILIES[name] = Family(name, backends or {})
+    return FAMILIES[name]
+
+
+def register(
+    family: Family,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    example: Callable[[torch.device, torch.dtype], tuple] | None = None,
+    cuda: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``nemokernels::<schema>`` with its legs and return the overload.
+
+    Args:
+        family: the op folder it belongs to.
+        schema: torch schema without namespace, for example ``"relu2(Tensor x) -> Tensor"``.
+        reference: plain-torch implementation; the CPU leg, the oracle, and the CUDA leg until a
+            kernel exists. It may return views or the same tensor twice; the leg copies them apart.
+        fake: shapes and dtypes of the outputs (contiguous), for Meta and FakeTensor.
+        example: makes small valid arguments; used by the self-test and by the generic tests.
+        cuda: CUDA leg. None: the reference, with one warning per shape.
+        setup_context, backward: as ``torch.library.register_autograd`` takes them. A functional
+            operator without ``backward`` raises when it is differentiated.
+    """
+    name = schema.split("(", 1)[0].strip()
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, _without_grad(reference), "CPU")
+    LIBRARY.impl(name, cuda or _reference_on_cuda(name, reference), "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if overload._schema.is_mutable:
+        LIBRARY.impl(name, _refuse_grad(name, overload), "Autograd")
+    else:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}",
+            backward or _no_backward(name),
+            setup_context=setup_context,
+            lib=LIBRARY,
+        )
+    family.operators[name] = Operator(overload, reference, example, backward is not None)
+    return overload
+
+
+def acc_dtype(x: torch.Tensor | torch.dtype) -> torch.dtype:
+    """Accumulation type: float64 stays float64, everything else accumulates in float32."""
+    dtype = x if isinstance(x, torch.dtype) else x.dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _without_grad(reference: Callable) -> Callable:
+    # Under autograd the torch ops inside the leg would record a graph of their own, which opcheck
+    # rejects and which would bypass the registered backward.
+    @functools.wraps(reference)
+    def leg(*args, **kwargs):
+        taken = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _has_data(leaf)}
+
+        def own(out):
+            if not isinstance(out, torch.Tensor):
+                return out
+            out = out.contiguous()
+            if _has_data(out) and _storage(out) in taken:
+                out = out.clone()
+            taken.add(_storage(out))
+            return out
+
+        with torch.no_grad():
+            return tree_map(own, reference(*args, **kwargs))
+
+    return leg
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _has_data(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() > 0
+
+
+def _reference_on_cuda(name: str, reference: Callable) -> Callable:
+    leg = _without_grad(reference)
+
+    @functools.wraps(reference)
+    def warn_and_run(*args, **kwargs):
+        warn_reference(name, *args)
+        return leg(*args, **kwargs)
+
+    return warn_and_run
+
+
+def warn_reference(name: str, *args) -> None:
+    """Say once per operator and shape that the plain-torch reference runs on a CUDA device."""
+    shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+    _warn_once(
+        f"{NAMESPACE}::{name} has no kernel for shapes {shapes} on this device; "
+        "the plain-torch reference runs instead. `nemokernels env` lists the backends."
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _refuse_grad(name: str, overload: torch._ops.OpOverload) -> Callable:
+    def guard(*args, **kwargs):
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad
+            for leaf in tree_leaves((args, kwargs))
+        ):
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} writes into its state and has no gradient; "
+                "call it under torch.no_grad() or detach its inputs"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    return guard
+
+
+def _no_backward(name: str) -> Callable:
+    forward = name.removesuffix("_backward")
+    message = (
+        f"double backward is not supported by {NAMESPACE}::{forward}"
+        if forward != name
+        else f"{NAMESPACE}::{name} is not differentiable"
+    )
+
+    def backward(ctx, *grads):
+        raise RuntimeError(message)
+
+    return backward

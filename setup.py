@@ -1,0 +1,5 @@
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["nemokernels*"]), "nemokernels.models", "nemokernels.train"]
+)

@@ -1,0 +1,120 @@
+"""The contract every registered operator keeps, checked on its own example."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+import nemokernels  # noqa: F401  (registers the operators)
+from nemokernels import _selftest
+from nemokernels._registry import FAMILIES
+
+OPERATORS = {
+    name: operator for family in FAMILIES.values() for name, operator in family.operators.items()
+}
+FORWARDS = [name for name, operator in OPERATORS.items() if operator.differentiable]
+CPU = torch.device("cpu")
+
+
+def example(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    return OPERATORS[name].example(CPU, dtype)
+
+
+def with_grad(args):
+    return tree_map(
+        lambda t: (
+            t.detach().clone().requires_grad_()
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.element_size() > 1
+            else t
+        ),
+        args,
+    )
+
+
+def clone(args):
+    return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, args)
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_has_example(name):
+    assert OPERATORS[name].example is not None
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    torch.library.opcheck(OPERATORS[name].overload, example(name))
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_opcheck_with_gradients(name):
+    torch.library.opcheck(OPERATORS[name].overload, with_grad(example(name)))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_meta_agrees_with_cpu(name):
+    args = example(name)
+    meta = tree_map(lambda t: t.to("meta") if isinstance(t, torch.Tensor) else t, args)
+    overload = OPERATORS[name].overload
+    for real, fake in zip(tensors(overload(*clone(args))), tensors(overload(*meta))):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_same_inputs_same_bits(name):
+    overload, args = OPERATORS[name].overload, example(name)
+    first, second = tensors(overload(*clone(args))), tensors(overload(*clone(args)))
+    for a, b in zip(first, second):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_compiles_to_one_graph(name):
+    overload, args = OPERATORS[name].overload, example(name)
+    floats = [o.is_floating_point() for o in tensors(overload(*args))]
+
+    def loss(*a):
+        outs = tensors(overload(*a))
+        return sum(o.sum() for o, keep in zip(outs, floats) if keep and o.requires_grad)
+
+    eager_in, compiled_in = with_grad(args), with_grad(args)
+    loss(*eager_in).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled_in).backward()
+    for a, b in zip(tensors(eager_in), tensors(compiled_in)):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_double_backward_raises(name):
+    args = with_grad(example(name))
+    outs = [o for o in tensors(OPERATORS[name].overload(*args)) if o.requires_grad]
+    wanted = [a for a in tensors(args) if a.requires_grad]
+    grads = torch.autograd.grad(
+        [o.float().sum() for o in outs], wanted, create_graph=True, allow_unused=True
+    )
+    live = [g for g in grads if g is not None and g.requires_grad]
+    assert live
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        sum(g.float().square().sum() for g in live).backward()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_without_gradient_refuse_it(name):
+    operator = OPERATORS[name]
+    if operator.differentiable or name.endswith("_backward"):
+        return
+    args = with_grad(example(name))
+    if not any(t.requires_grad for t in tensors(args)):
+        return
+    with pytest.raises(RuntimeError, match="no gradient|not differentiable|does not require grad"):
+        outs = [o for o in tensors(operator.overload(*args)) if o.is_floating_point()]
+        sum(o.float().sum() for o in outs).backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_selftest_passes_with_reference(family):
+    assert _selftest.run(family, "reference", CPU) == "passed"
