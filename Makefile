@@ -1,0 +1,45 @@
+# make demo   install into .venv and run the main job: train, save, load, generate
+# make test   install into .venv and run the tests
+# Both work on a machine without a GPU and use one where there is one.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check -q
+DATA ?=
+ARGS ?=
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	.venv/bin/nemokernels demo $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+lint: .venv/installed-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv build dist demo-run *.egg-info
+
+# torch first, and on a machine without an NVIDIA driver its CPU build only: the default build pulls
+# gigabytes of CUDA libraries. The configured index may offer that build; pytorch.org does.
+.venv/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) install -c constraints.txt torch; \
+	else v=$$(sed -n 's/^torch==//p' constraints.txt); \
+	  $(PIP) install "torch==$$v+cpu" 2>/dev/null || \
+	  $(PIP) install --index-url https://download.pytorch.org/whl/cpu "torch==$$v+cpu"; fi
+	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml setup.py
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[train]'
+	touch $@
+
+.venv/installed-test: .venv/torch pyproject.toml setup.py
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@ .venv/installed
