@@ -53,7 +53,11 @@ def check_tensor(
         )
 
 
-def check(where: str, condition: bool, message: str) -> None:
-    """Raise ``ValueError("<where>: <message>")`` unless ``condition`` holds."""
+def check(where: str, condition: bool, message: str, *values: object) -> None:
+    """Raise ``ValueError("<where>: <message>")`` unless ``condition`` holds.
+
+    ``values`` fill the ``{}`` of the message, and only on failure: torch.compile cannot format a
+    symbolic size or float, so a message that shows one must not be an f-string.
+    """
     if not condition:
-        raise ValueError(f"{where}: {message}")
+        raise ValueError(f"{where}: {message.format(*values) if values else message}")

@@ -121,13 +121,15 @@ def _without_grad(reference: Callable) -> Callable:
         def own(out):
             if not isinstance(out, torch.Tensor):
                 return out
-            out = out.contiguous()
-            if _has_data(out) and _storage(out) in taken:
-                out = out.clone()
+            # A slice of a one-row tensor counts as contiguous but keeps offset and strides.
+            fresh = out.is_contiguous() and out.untyped_storage().nbytes() == out.nbytes
+            if not fresh or (_has_data(out) and _storage(out) in taken):
+                out = out.clone(memory_format=torch.contiguous_format)
             taken.add(_storage(out))
             return out
 
-        with torch.no_grad():
+        # Autocast would round the operands of every product inside, however wide the leg made them.
+        with torch.no_grad(), torch._C._DisableAutocast():
             return tree_map(own, reference(*args, **kwargs))
 
     return leg

@@ -1,0 +1,144 @@
+"""Causal grouped-query attention: over whole sequences, and over a key-value cache."""
+
+from __future__ import annotations
+
+import torch
+
+from nemokernels._autocast import autocast
+from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels.ops.attention import op
+
+__all__ = ["attention", "attention_with_cache"]
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention; query head h reads key-value head ``h // (H / KV)``.
+
+    ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j`` over the keys ``j <= i + S - T``: the last
+    query sees every key. Scores, softmax and both sums are in float32 (float64 for float64 input).
+    The unnormalised probabilities are rounded to v's dtype before they meet v, as are the
+    probabilities and the score gradients before their products in the backward. A sequence's result
+    depends on that sequence alone, bit for bit: packed, batched or by itself.
+    Under autocast q, k and v are cast to the autocast dtype.
+
+    Args:
+        q: (B, T, H, D), float32, bfloat16, float16 or float64, any strides.
+        k, v: (B, S, KV, D), q's dtype; S at least T, H a multiple of KV.
+        cu_seqlens: (sequences + 1,) int32, ascending from 0 to T: bounds of the sequences packed
+            into the one row (B is 1, S equals T). None: every row is a sequence.
+        scale: factor of the scores; None: ``D ** -0.5``.
+
+    Returns:
+        (B, T, H, D) in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. The
+            values of cu_seqlens are checked where the reference runs.
+
+    Source: Ainslie et al., "GQA", 2023; rounding points of Dao, "FlashAttention-2", 2023.
+    """
+    where = "attention"
+    check_tensor(where, "q", q, shape=(None, None, None, None), dims="(B, T, H, D)", dtypes=FLOATS)
+    q, k, v = _common(where, q, k, v)
+    rows, length, heads, _ = q.shape
+    check(where, k.shape[1] >= length,
+          "`k` has {} tokens, expected at least the {} of q", k.shape[1], length)  # fmt: skip
+    if cu_seqlens is not None:
+        check_tensor(where, "cu_seqlens", cu_seqlens, shape=(None,), dims="(sequences + 1,)",
+                     dtypes=(torch.int32,), device=q.device)  # fmt: skip
+        check(where, cu_seqlens.shape[0] >= 1, "`cu_seqlens` is empty, expected at least [0]")
+        check(where, rows == 1, "`q` has batch {}, expected 1 with cu_seqlens", rows)
+        check(
+            where,
+            k.shape[1] == length,
+            "`k` has {} tokens, expected the {} of q with cu_seqlens",
+            k.shape[1],
+            length,
+        )
+    return op.attention(q, k, v, cu_seqlens, _scale(where, scale, q))[0]
+
+
+def attention_with_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    slots: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Append k and v to the cache, in place, and attend causally over cache and new tokens.
+
+    Token i of row b is written at position ``lengths[b] + i`` of slot ``slots[b]`` (rounded to the
+    cache's dtype) and its query sees positions 0 to ``lengths[b] + i`` of that slot, as stored.
+    Softmax and sums are in float32 (float64 for a float64 q); what is read from the cache and the
+    unnormalised probabilities are in q's dtype in the products. A query's result depends on its own
+    keys alone, bit for bit: five tokens in one call give what five calls give, in any batch.
+    ``lengths`` is not advanced. No gradient. Under autocast q, k and v are cast, the caches not.
+
+    Args:
+        q: (B, T, H, D), float32, bfloat16, float16 or float64, any strides.
+        k, v: (B, T, KV, D), q's dtype; H a multiple of KV.
+        k_cache, v_cache: (slots, max_length, KV, D), any float dtype, the same for both.
+        lengths: (B,) int32, tokens already in the slot; ``lengths + T <= max_length``.
+        slots: (B,) int32, each slot at most once. Negative: a padding row, which touches no slot
+            and whose output is zero.
+        scale: factor of the scores; None: ``D ** -0.5``.
+
+    Returns:
+        (B, T, H, D) in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. The
+            values of lengths and slots are checked, before anything is written, where the
+            reference runs.
+        RuntimeError: an input requires a gradient.
+    """
+    where = "attention_with_cache"
+    check_tensor(where, "q", q, shape=(None, None, None, None), dims="(B, T, H, D)", dtypes=FLOATS)
+    q, k, v = _common(where, q, k, v)
+    rows, length, _, dim = q.shape
+    check(where, k.shape[1] == length,
+          "`k` has {} tokens, expected the {} of q", k.shape[1], length)  # fmt: skip
+    check_tensor(where, "k_cache", k_cache, shape=(None, None, k.shape[2], dim),
+                 dims="(slots, max_length, KV, D)", dtypes=FLOATS, device=q.device)  # fmt: skip
+    check_tensor(where, "v_cache", v_cache, shape=k_cache.shape, dims="the shape of k_cache",
+                 dtypes=(k_cache.dtype,), device=q.device)  # fmt: skip
+    for name, value in (("lengths", lengths), ("slots", slots)):
+        check_tensor(where, name, value, shape=(rows,), dims="(B,)", dtypes=(torch.int32,),
+                     device=q.device)  # fmt: skip
+    return op.attention_with_cache(
+        q, k, v, k_cache, v_cache, lengths, slots, _scale(where, scale, q)
+    )
+
+
+def _common(where: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    rows, _, heads, dim = q.shape
+    check_tensor(where, "k", k, shape=(rows, None, None, dim), dims="(B, S, KV, D)", dtypes=FLOATS,
+                 device=q.device)  # fmt: skip
+    check_tensor(where, "v", v, shape=k.shape, dims="the shape of k", dtypes=FLOATS,
+                 device=q.device)  # fmt: skip
+    groups = k.shape[2]
+    check(where, dim >= 1 and groups >= 1 and heads >= 1 and heads % groups == 0,
+          "`q` has {} heads of size {}, expected a positive multiple of the {} heads of k",
+          heads, dim, groups)  # fmt: skip
+    q, k, v = autocast(q, k, v)
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(where, name, value, dtypes=(q.dtype,))
+    return q, k, v
+
+
+def _scale(where: str, scale: float | None, q: torch.Tensor) -> float:
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    check(where, 0.0 < scale < float("inf"), "`scale` must be positive and finite, got {}", scale)
+    return scale
