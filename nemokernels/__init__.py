@@ -8,22 +8,44 @@ from nemokernels.ops.causal_conv1d import (
     causal_conv1d_varlen_states,
 )
 from nemokernels.ops.cross_entropy import linear_cross_entropy
+from nemokernels.ops.fp8 import (
+    current_scale,
+    delayed_scaling_update,
+    dequantize_fp8,
+    fp8_linear,
+    quantize_fp8,
+)
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
+from nemokernels.ops.moe_experts import moe_experts
+from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
 from nemokernels.ops.relu2 import relu2
 from nemokernels.ops.rms_norm import rms_norm
+from nemokernels.ops.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Route",
     "attention",
     "attention_with_cache",
     "backends",
+    "balance_loss",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "current_scale",
+    "delayed_scaling_update",
+    "dequantize_fp8",
+    "fp8_linear",
     "linear_cross_entropy",
+    "mamba_chunk_scan_combined",
+    "mamba_split_conv1d_scan_combined",
+    "moe_experts",
+    "moe_route",
+    "quantize_fp8",
     "relu2",
     "rms_norm",
     "rmsnorm_fn",
+    "update_correction_bias",
     "use_backend",
 ]
