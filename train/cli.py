@@ -1,0 +1,83 @@
+"""The command line: ``nemokernels env | selftest | demo | train | generate | build``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from nemokernels.models import CheckpointError, ConfigError
+from nemokernels.train import report
+from nemokernels.train.checkpoint import ResumeError
+from nemokernels.train.commands import generate, train
+from nemokernels.train.data import DataError
+from nemokernels.train.demo import demo
+
+# What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
+USER_ERRORS = (CheckpointError, ConfigError, DataError, ResumeError, OSError, ValueError)
+
+
+def env(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+    """Print versions, devices, the compiled library, and every op's backend and why.
+
+    Args:
+        as_json: print JSON.
+    """
+    if as_json:
+        print(json.dumps(report.facts(), indent=1))
+    else:
+        report.print_env(Console())
+    return 0
+
+
+def selftest() -> int:
+    """Check every backend that can run here against the float64 reference; record the verdicts."""
+    return 0 if report.run_selftest(Console()) else 1
+
+
+def build(archs: tuple[str, ...] = ()) -> int:
+    """Compile the CUDA kernels with nvcc, for the GPU present or for the architectures named.
+
+    Args:
+        archs: for example 90a 100a.
+    """
+    from nemokernels._build import build
+
+    path = build(list(archs) or None, verbose=True)
+    Console().print(f"built {path}", highlight=False)
+    return 0
+
+
+COMMANDS = {
+    "env": env,
+    "selftest": selftest,
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "build": build,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command: 0 if it succeeded, 1 if a check failed, 2 on a mistake of the user."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="nemokernels",
+            description="Fused GPU primitives for NVIDIA's Nemotron models.",
+            args=argv,
+        )
+    except USER_ERRORS as error:
+        print(f"nemokernels: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nemokernels: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

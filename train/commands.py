@@ -1,0 +1,189 @@
+"""``nemokernels train`` and ``nemokernels generate``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from tokenizers import Tokenizer
+
+from nemokernels._backends import default_device
+from nemokernels.models import NemotronH, NemotronHConfig, build, from_pretrained
+from nemokernels.models import generate as generate_tokens
+from nemokernels.train.data import Batches, Corpus, DataError, read_texts, text_files
+from nemokernels.train.log import Log, plot
+from nemokernels.train.trainer import Settings, Trainer
+
+Unprefixed = tyro.conf.OmitArgPrefixes
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        DataError: it is missing or not a tokenizer.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such tokenizer file")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
+        raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+
+
+def load_model(source: str, *, seed: int) -> NemotronH:
+    """A checkpoint folder's model, or a fresh one from a config.json or a variant's name.
+
+    Weights are float32: the optimizer updates them.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(seed)
+    config = NemotronHConfig.from_json(path) if path.suffix == ".json" else source
+    return build(config, dtype=torch.float32)
+
+
+def fit(
+    model: NemotronH,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    settings: Settings,
+    out: Path,
+    *,
+    save_every: int,
+    fresh: bool,
+) -> list:
+    """Train (or continue), then write the model, its tokenizer and the loss curve into ``out``."""
+    largest = int(corpus.tokens.max())
+    if largest >= model.config.vocab_size:
+        raise DataError(
+            f"the tokenizer makes token id {largest}, the model's vocab_size is "
+            f"{model.config.vocab_size}"
+        )
+    batches = Batches(
+        corpus, seq_len=settings.seq_len, windows=settings.windows, seed=settings.seed
+    )
+    if fresh:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model, batches, settings, out)
+    step, first = trainer.resume(), trainer.rank == 0
+    with Log(out / "log.jsonl", step=step, steps=settings.steps, show=first) as log:
+        trainer.run(save_every=save_every, on_step=log)
+    trainer.export(out / "model")
+    if first:
+        tokenizer.save(str(out / "model" / "tokenizer.json"))
+        plot(log.reports, out / "loss.png")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return log.reports
+
+
+def train(
+    model: str,
+    data: tuple[Path, ...],
+    out: Path,
+    settings: Unprefixed[Settings],
+    tokenizer: Path | None = None,
+    save_every: int = 100,
+    fresh: bool = False,
+) -> int:
+    """Train on text files. Run it under torchrun to shard the model over several processes.
+
+    Args:
+        model: a config.json, a checkpoint folder to start from, or a variant's name.
+        data: text files (UTF-8), or folders of them.
+        out: folder for checkpoints, log, loss curve and, at the end, the model.
+        settings: what the run computes.
+        tokenizer: a tokenizer.json; without it, the one beside the model.
+        save_every: steps between checkpoints.
+        fresh: start over instead of continuing from the newest checkpoint in ``out``.
+    """
+    if save_every < 1:
+        raise DataError(f"save_every must be at least 1, got {save_every}")
+    beside = Path(model) if Path(model).is_dir() else Path(model).parent
+    encoder = load_tokenizer(tokenizer or beside / "tokenizer.json")
+    corpus = Corpus.from_texts(encoder, read_texts(text_files(data)))
+    network = load_model(model, seed=settings.seed)
+    reports = fit(network, encoder, corpus, settings, out, save_every=save_every, fresh=fresh)
+    Console().print(
+        f"loss {reports[0].losses[0]:.3f} -> {reports[-1].losses[0]:.3f}, model in {out}"
+    )
+    return 0
+
+
+def generate(
+    folder: Annotated[Path, tyro.conf.Positional],
+    prompt: tuple[str, ...],
+    max_new_tokens: int = 128,
+    speculate: int = 0,
+    exact: bool = False,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Continue prompts with a saved model; with an MTP block, several tokens per step.
+
+    Args:
+        folder: model folder: config.json, safetensors, tokenizer.json.
+        prompt: one or more texts to continue.
+        max_new_tokens: longest continuation, in tokens.
+        speculate: tokens the MTP block drafts per step; 0 turns it off.
+        exact: multiply every token's row on its own, so that the result depends neither on the
+            batch nor on speculation. Slower.
+        temperature: 0 is greedy.
+        top_k: sample among this many tokens.
+        top_p: sample among the smallest set of this probability.
+        seed: of the random numbers.
+        as_json: print JSON.
+    """
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    model = from_pretrained(folder, device=default_device())
+    ids = [tokenizer.encode(text).ids for text in prompt]
+    started = time.perf_counter()
+    result = generate_tokens(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        speculate=speculate,
+        exact=exact,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos=model.config.eos_token_id,
+    )
+    seconds = time.perf_counter() - started
+    texts = [tokenizer.decode(row) for row in result.tokens]
+    produced = sum(map(len, result.tokens))
+    summary = {
+        "tokens": result.tokens,
+        "texts": texts,
+        "steps": result.steps,
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+        "mean_accepted_length": result.mean_accepted_length,
+        "tokens_per_second": produced / seconds,
+    }
+    if as_json:
+        print(json.dumps(summary))
+        return 0
+    console = Console(highlight=False)
+    for before, after in zip(prompt, texts):
+        console.print(f"[bold]{escape(before)}[/bold]{escape(after)}\n")
+    console.print(
+        f"{produced} tokens, {summary['tokens_per_second']:.1f} per second, "
+        f"{summary['mean_accepted_length']:.2f} per step"
+    )
+    return 0

@@ -1,0 +1,59 @@
+"""The training loss: next-token cross-entropy, plus the MTP block's, plus router statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nemokernels import linear_cross_entropy
+from nemokernels.models import NemotronH
+from nemokernels.train.data import IGNORE, PAD, Batch, shift
+
+
+class Objective(nn.Module):
+    """``L = L_main + (w / K) * sum_k L_k`` over packed sequences.
+
+    ``L_main`` is the mean cross-entropy of the next token. ``L_k`` is that of the MTP block applied
+    ``k`` times: at position i it sees tokens up to i+k and predicts token i+k+1. A label never
+    crosses a sequence boundary; positions without a label are ignored. ``w`` is the MTP loss weight
+    (0.3 for Nemotron 3 Super, 0.1 for Ultra), ``K`` the number of depths (2 there).
+
+    It is a module, and the model a part of it, so that FSDP gathers the embedding and the head once
+    for all the losses of a step.
+    """
+
+    def __init__(self, model: NemotronH, *, mtp_depths: int, mtp_weight: float):
+        super().__init__()
+        self.model, self.mtp_weight = model, mtp_weight
+        self.mtp_depths = mtp_depths if model.config.mtp_pattern else 0
+
+    def forward(self, batch: Batch, labels_total: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+        """Sums of the losses divided by ``labels_total`` (1 + depths,), the global label counts.
+
+        Returns the loss to differentiate, and the value of every term: main, depth 1, depth 2, ...
+        Summed over ranks (and micro-batches) they are the global means.
+        """
+        model, cu_seqlens = self.model, batch.cu_seqlens
+        hidden = model.hidden(batch.tokens, cu_seqlens=cu_seqlens)
+        terms = [self._loss(hidden, shift(batch, 1, IGNORE)) / labels_total[0]]
+        for depth in range(1, self.mtp_depths + 1):
+            ahead = shift(batch, depth, PAD)[None]
+            hidden = model.mtp_hidden(hidden, ahead, cu_seqlens=cu_seqlens)
+            labels = shift(batch, depth + 1, IGNORE)
+            terms.append(self._loss(hidden, labels) / labels_total[depth])
+        loss = terms[0]
+        if self.mtp_depths:
+            loss = loss + self.mtp_weight / self.mtp_depths * sum(terms[1:])
+        return loss, torch.stack([t.detach() for t in terms])
+
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(
+            hidden[0], self.model.lm_head.weight, labels, ignore_index=IGNORE, reduction="sum"
+        )
+
+    def label_counts(self, batch: Batch) -> torch.Tensor:
+        """(1 + depths,): how many labels each term of this batch has."""
+        lengths = batch.cu_seqlens.diff()
+        return torch.stack(
+            [(lengths - depth - 1).clamp(min=0).sum() for depth in range(self.mtp_depths + 1)]
+        ).float()

@@ -1,0 +1,80 @@
+"""Processes, devices and FSDP2.
+
+What is sharded how, openly:
+
+* Every parameter is held in float32 (the master copy that AdamW updates).
+* ``fully_shard`` wraps each layer, the MTP block and, as the root, embeddings + final norm + head.
+  Gathered weights and activations use ``param_dtype``; gradients are summed in float32.
+* A_log, D, dt_bias and the router's weight must not be rounded to ``param_dtype``. FSDP2 has one
+  dtype per group, so these few small ones stay whole on every rank and their gradients are summed
+  by one all-reduce.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+WHOLE = ("A_log", "D", "dt_bias", "gate.weight")
+
+
+def start() -> tuple[int, int, torch.device]:
+    """Join the process group torchrun describes (or none); return rank, world size and device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def is_whole(name: str) -> bool:
+    """Whether this parameter stays unsharded and in float32."""
+    return name.endswith(WHOLE)
+
+
+def shard(
+    root: nn.Module, units: Iterable[nn.Module], device: torch.device, param_dtype: torch.dtype
+) -> None:
+    """``fully_shard`` every unit, then the root, over all ranks. Gradients are sums, not means:
+    the loss is already divided by the global number of tokens."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    whole = {p for name, p in root.named_parameters() if is_whole(name)}
+    for module in (*units, root):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        module.set_gradient_divide_factor(1.0)
+    for parameter in whole:
+        dist.broadcast(parameter.data, src=0)
+
+
+def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of the unsharded parameters over all ranks, in one all-reduce."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    if not grads:
+        return
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(part.view_as(grad))
+
+
+def all_sum(*values: torch.Tensor) -> list[torch.Tensor]:
+    """The sum over all ranks of every tensor (in place)."""
+    for value in values if dist.is_initialized() else ():
+        dist.all_reduce(value)
+    return list(values)

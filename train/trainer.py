@@ -1,0 +1,223 @@
+"""The training loop. Everything that decides what a run computes is in :class:`Settings`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from nemokernels import update_correction_bias
+from nemokernels.models import NemotronH, save_pretrained
+from nemokernels.train import checkpoint, optim, parallel
+from nemokernels.train.data import Batch, Batches
+from nemokernels.train.objective import Objective
+from nemokernels.train.schedule import wsd
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of a run. Defaults are those published for Nemotron 3 where they exist."""
+
+    steps: int
+    """Optimizer steps in the whole run."""
+    seq_len: int = 8192
+    """Tokens per window."""
+    windows: int = 8
+    """Windows per optimizer step, over all ranks and micro-batches."""
+    micro_batches: int = 1
+    """Parts each rank's windows are split into; gradients accumulate."""
+    lr: float = 4.5e-4
+    """Peak learning rate."""
+    min_lr: float = 4.5e-6
+    """Learning rate at the start of warm-up and the end of decay."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    decay: int = 0
+    """Last steps, with minus-sqrt decay."""
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    mtp_depths: int = 2
+    """How often the MTP block is applied, if the model has one."""
+    mtp_weight: float = 0.3
+    """Weight of the mean MTP loss."""
+    balance_rate: float = 1e-3
+    """Step of the loss-free expert balancing, per optimizer step."""
+    seed: int = 0
+    """Order of the data."""
+
+    def __post_init__(self):
+        for name in ("steps", "seq_len", "windows", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > self.steps:
+            raise ValueError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) must not be negative and must "
+                f"fit into steps ({self.steps})"
+            )
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"need 0 <= min_lr <= lr, got min_lr {self.min_lr}, lr {self.lr}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one optimizer step did. Losses are global means; ``losses[0]`` is the next token's."""
+
+    step: int
+    losses: list[float]
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    load_max: float
+    """Tokens of the busiest expert over the mean, worst layer (1 = balanced; 0 without experts)."""
+
+
+class Trainer:
+    """Trains ``model`` on ``batches``; every rank holds the same arguments.
+
+    Under torchrun the model is sharded with FSDP2 (train/parallel.py says how). ``param_dtype`` is
+    the compute type of gathered weights: bfloat16 on CUDA, float32 on CPU unless given.
+    """
+
+    def __init__(
+        self,
+        model: NemotronH,
+        batches: Batches,
+        settings: Settings,
+        out: Path,
+        *,
+        keep: int = 2,
+        param_dtype: torch.dtype | None = None,
+    ):
+        self.settings, self.batches, self.out, self.keep = settings, batches, Path(out), keep
+        self.rank, self.world, self.device = parallel.start()
+        share = settings.windows // (self.world * settings.micro_batches)
+        if share * self.world * settings.micro_batches != settings.windows:
+            raise ValueError(
+                f"windows ({settings.windows}) must be a multiple of ranks x micro_batches "
+                f"({self.world} x {settings.micro_batches})"
+            )
+        self.model = model.to(self.device).train()
+        self.objective = Objective(
+            self.model, mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight
+        )
+        if dist.is_initialized():
+            on_cuda = self.device.type == "cuda"
+            dtype = param_dtype or (torch.bfloat16 if on_cuda else torch.float32)
+            parallel.shard(self.objective, self.model.fsdp_units(), self.device, dtype)
+        self.optimizer = optim.adamw(
+            self.objective.named_parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self.step = 0
+
+    def facts(self) -> dict:
+        """What a checkpoint must agree on to continue this run: the model and the data's order.
+
+        Steps and learning rates may change: prolonging the stable phase is what WSD is for.
+        """
+        config = json.loads(json.dumps(self.model.config.to_dict(), default=str))
+        tokens = hashlib.sha256(self.batches.corpus.tokens.numpy()).hexdigest()[:16]
+        order = {key: getattr(self.settings, key) for key in ("seed", "seq_len", "windows")}
+        return {"model": config, "tokens": tokens, **order}
+
+    def resume(self) -> int:
+        """Continue from the newest checkpoint in ``out``, if there is one; return the step."""
+        path = checkpoint.latest(self.out / "checkpoints")
+        if path is not None:
+            self.step = checkpoint.load(path, self.objective, self.optimizer, self.facts())
+        return self.step
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return checkpoint.save(
+            self.out / "checkpoints",
+            self.step,
+            self.objective,
+            self.optimizer,
+            self.facts(),
+            keep=self.keep,
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write the model in Hugging Face layout; rank 0 writes, all ranks take part."""
+        full = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.rank == 0:
+                full[name] = whole.cpu()
+        if self.rank == 0:
+            copy = NemotronH(self.model.config, device="meta", dtype=torch.float32)
+            copy.load_state_dict(full, assign=True)
+            save_pretrained(copy, folder)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def run(self, *, save_every: int, on_step: Callable[[Report], None]) -> None:
+        """Train to the last step, saving every ``save_every`` steps and at the end."""
+        while self.step < self.settings.steps:
+            on_step(self.train_step())
+            if self.step % save_every == 0 or self.step == self.settings.steps:
+                self.save()
+
+    def train_step(self) -> Report:
+        """One optimizer step over the global batch of ``self.step``.
+
+        Raises:
+            FloatingPointError: a gradient is not finite on some rank; no weight has changed.
+        """
+        started, s = time.perf_counter(), self.settings
+        micro = list(self._micro_batches())
+        counts = [self.objective.label_counts(batch) for batch in micro]
+        (totals,) = parallel.all_sum(sum(counts))
+        losses = torch.zeros_like(totals)
+        for batch in micro:
+            # FSDP reduces after every micro-batch: holding back would keep whole gradients around.
+            loss, terms = self.objective(batch, totals.clamp(min=1))
+            loss.backward()
+            losses += terms
+        parallel.sum_whole_gradients(self.objective.parameters())
+        norm = optim.clip_gradients(self.objective.parameters(), s.clip)
+        lr = wsd(
+            self.step, steps=s.steps, warmup=s.warmup, decay=s.decay, peak=s.lr, floor=s.min_lr
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        load = self._balance()
+        tokens = torch.tensor(float(sum(b.tokens.numel() for b in micro)), device=self.device)
+        parallel.all_sum(losses, tokens)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        return Report(self.step, losses.tolist(), lr, norm, int(tokens), seconds, load)
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        parts = self.settings.micro_batches
+        for part in range(parts):
+            shard, shards = self.rank * parts + part, self.world * parts
+            batch = self.batches.at(self.step, shard, shards)
+            yield Batch(batch.tokens.to(self.device), batch.cu_seqlens.to(self.device))
+
+    def _balance(self) -> float:
+        """Loss-free balancing: move every router's correction bias once per optimizer step."""
+        worst = 0.0
+        for router in self.model.routers():
+            (counts,) = parallel.all_sum(router.expert_counts)
+            mean = counts.float().mean()
+            if mean > 0:
+                worst = max(worst, (counts.max() / mean).item())
+            router.e_score_correction_bias.copy_(
+                update_correction_bias(
+                    router.e_score_correction_bias, counts, rate=self.settings.balance_rate
+                )
+            )
+            router.expert_counts.zero_()
+        return worst
