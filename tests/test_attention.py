@@ -1,0 +1,288 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemokernels import attention, testing
+from nemokernels.ops.attention import op, ref
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# rows, queries, keys, heads, key-value heads, head size
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 7, 7, 4, 2, 8),
+    (1, 5, 12, 6, 2, 3),
+    (3, 1, 9, 2, 2, 5),
+    (2, 37, 41, 3, 1, 7),
+    (0, 4, 4, 2, 1, 8),
+    (2, 0, 0, 2, 1, 8),
+    (1, 0, 3, 2, 1, 8),
+]
+BOUNDS = torch.tensor([0, 5, 6, 6, 23, 31], dtype=torch.int32)
+
+
+def problem(rows, queries, keys, heads, groups, dim, dtype=torch.float64):
+    q = torch.randn(rows, queries, heads, dim, dtype=torch.float64)
+    k, v = torch.randn(2, rows, keys, groups, dim, dtype=torch.float64)
+    return [t.to(dtype) for t in (q, k, v)]
+
+
+def by_token(q, k, v, scale=None):
+    """A second formula: every query by itself, over the keys it sees."""
+    rows, length, heads, dim = q.shape
+    out, share = torch.zeros_like(q), heads // k.shape[2]
+    for b in range(rows):
+        for i in range(length):
+            for h in range(heads):
+                seen = k.shape[1] - length + i + 1
+                keys, values = k[b, :seen, h // share], v[b, :seen, h // share]
+                p = (keys @ q[b, i, h] * (dim**-0.5 if scale is None else scale)).softmax(0)
+                out[b, i, h] = p @ values
+    return out
+
+
+def torch_attention(q, k, v, scale=None):
+    """torch's own, which aligns top left; the mask aligns it bottom right."""
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    return F.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, scale=scale, enable_gqa=True
+    ).transpose(1, 2)
+
+
+@pytest.fixture(params=[128, 4, 1], ids=lambda size: f"blocks of {size}")
+def block(request, monkeypatch):
+    monkeypatch.setattr(ref, "BLOCK", request.param)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_fp64_equals_one_query_at_a_time(shape, scale, block):
+    q, k, v = problem(*shape)
+    out = attention(q, k, v, scale=scale)
+    torch.testing.assert_close(out, by_token(q, k, v, scale), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[1]])
+def test_fp64_equals_torch_forward_and_backward(shape, block):
+    args = problem(*shape)
+    dout = torch.randn_like(args[0])
+    got, want = (testing.gradients(fn, args, [dout]) for fn in (attention, torch_attention))
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck(packed, block):
+    shape = (1, 7, 7, 4, 2, 3) if packed else (2, 5, 7, 4, 2, 3)
+    bounds = torch.tensor([0, 3, 3, 7], dtype=torch.int32) if packed else None
+    args = [t.requires_grad_() for t in problem(*shape)]
+    fn = lambda q, k, v: attention(q, k, v, cu_seqlens=bounds, scale=0.7)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, args)
+
+
+def test_log_sum_exp():
+    q, k, v = problem(2, 6, 9, 4, 2, 8)
+    _, lse = op.attention(q, k, v, None, 0.5)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 0.5
+    seen = torch.ones(6, 9, dtype=torch.bool).tril(3)
+    want = scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse, want, rtol=1e-13, atol=1e-13)
+
+
+def rounded(q, k, v):
+    """Forward by formula with the roundings of the docstring: probabilities once, result once."""
+    scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float().repeat_interleave(2, 2))
+    scores = scores * q.shape[-1] ** -0.5
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    scores = scores.masked_fill(~seen, float("-inf"))
+    p = torch.exp(scores - scores.amax(-1, keepdim=True))
+    values = v.float().repeat_interleave(2, 2)
+    out = torch.einsum("bhij,bjhd->bihd", p.to(v.dtype).float(), values)
+    return (out / p.sum(-1).transpose(1, 2)[..., None]).to(q.dtype)
+
+
+def rounded_gradients(dout, q, k, v):
+    out = rounded(q, k, v).float()
+    qf, df = q.float(), dout.float()
+    kf, vf = (t.float().repeat_interleave(2, 2) for t in (k, v))
+    scale = q.shape[-1] ** -0.5
+    seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril()
+    scores = torch.einsum("bihd,bjhd->bhij", qf, kf) * scale
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    dp = torch.einsum("bihd,bjhd->bhij", df, vf)
+    ds = p * (dp - (df * out).sum(-1).transpose(1, 2)[..., None])
+    p, ds = (t.to(q.dtype).float() for t in (p, ds))
+    dq = scale * torch.einsum("bhij,bjhd->bihd", ds, kf)
+    dk = scale * torch.einsum("bhij,bihd->bjhd", ds, qf)
+    dv = torch.einsum("bhij,bihd->bjhd", p, df)
+    fold = lambda t: t.unflatten(2, (-1, 2)).sum(3)  # noqa: E731
+    return [t.to(q.dtype) for t in (dq, fold(dk), fold(dv))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision(dtype):
+    args = problem(2, 150, 150, 4, 2, 16, dtype)
+    dout = torch.randn(2, 150, 4, 16).to(dtype)
+    outs, grads = testing.gradients(attention, args, [dout])
+    exact = testing.gradients(torch_attention, [t.double() for t in args], [dout.double()])
+    testing.assert_matches(outs[0], exact[0][0], rounded(*args), "out")
+    for g, w, low, name in zip(grads, exact[1], rounded_gradients(dout, *args), ("dq", "dk", "dv")):
+        assert g.dtype == dtype
+        testing.assert_matches(g, w, low, name)
+
+
+def test_probabilities_meet_v_in_its_dtype():
+    """The second key's exp(-1e-3) rounds to 1 in bf16, so the sum over v does not see it."""
+    k = torch.tensor([[0.0], [-1e-3]]).view(1, 2, 1, 1).bfloat16()
+    q = torch.ones(1, 2, 1, 1).bfloat16()
+    v = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1).bfloat16()
+    assert attention(q, k, v, scale=1.0)[0, 1].item() == 0.0
+    assert attention(q.float(), k.float(), v.float(), scale=1.0)[0, 1].item() > 0.0
+
+
+def pieces(args, bounds=BOUNDS):
+    return [[t[:, a:b] for t in args] for a, b in zip(bounds.tolist(), bounds[1:].tolist())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_equals_separate_bit_for_bit(dtype, block):
+    args = problem(1, 31, 31, 4, 2, 8, dtype)
+    dout = torch.randn(1, 31, 4, 8).to(dtype)
+    fn = lambda q, k, v: attention(q, k, v, cu_seqlens=BOUNDS)  # noqa: E731
+    (out,), grads = testing.gradients(fn, args, [dout])
+    parts = [testing.gradients(attention, p, [d])
+             for p, (d,) in zip(pieces(args), pieces([dout]))]  # fmt: skip
+    assert torch.equal(out, torch.cat([p[0][0] for p in parts], 1))
+    for grad, part in zip(grads, zip(*(p[1] for p in parts))):
+        assert torch.equal(grad, torch.cat(part, 1))
+
+
+def test_batch_equals_separate_bit_for_bit(block):
+    args = problem(3, 19, 23, 4, 2, 8, torch.float32)
+    out, grads = testing.gradients(attention, args)
+    for b in range(3):
+        alone = testing.gradients(attention, [t[b : b + 1] for t in args])
+        for x, y in zip([*out, *grads], [*alone[0], *alone[1]]):
+            assert torch.equal(x[b : b + 1], y)
+
+
+def test_nan_stays_in_its_sequence():
+    args = problem(1, 31, 31, 4, 2, 8, torch.float32)
+    fn = lambda q, k, v: attention(q, k, v, cu_seqlens=BOUNDS)  # noqa: E731
+    clean = testing.gradients(fn, args)
+    for t in args:
+        t[:, 8] = torch.nan
+    dirty = testing.gradients(fn, args)
+    for a, b in zip([*clean[0], *clean[1]], [*dirty[0], *dirty[1]]):
+        for part, (x, y) in enumerate(zip(pieces([a]), pieces([b]))):
+            assert torch.equal(x[0], y[0]) if part != 3 else y[0].isnan().any()
+
+
+def test_later_keys_change_nothing():
+    q, k, v = problem(1, 12, 12, 2, 1, 4)
+    out = attention(q, k, v)
+    k[:, 7:], v[:, 7:] = 1e3, -1e3
+    torch.testing.assert_close(attention(q, k, v)[:, :7], out[:, :7], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e18])
+def test_extreme_scores_stay_finite(scale):
+    args = problem(1, 9, 9, 2, 1, 4, torch.float32)
+    outs, grads = testing.gradients(attention, [args[0] * scale, *args[1:]])
+    assert all(t.isfinite().all() for t in (*outs, *grads))
+
+
+def test_any_strides():
+    q, k, v = problem(2, 6, 6, 4, 2, 8)
+    dout = torch.randn_like(q)
+    wide = torch.cat([q, k, v], 2)
+    views = list(wide.split([4, 2, 2], 2))
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    strided = [torch.stack([t, t], -1)[..., 0] for t in (q, k, v)]
+    want = testing.gradients(attention, [q, k, v], [dout])
+    spread = torch.stack([dout, dout], -1)[..., 1]
+    for args in (views, heads_first, strided):
+        leaves = [t.detach().requires_grad_() for t in args]
+        out = attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, spread)
+        for a, b in zip([out, *grads], [*want[0], *want[1]]):
+            assert a.is_contiguous() and torch.equal(a, b)
+    expanded = attention(
+        q[:1].expand(3, -1, -1, -1), *(t[:1].expand(3, -1, -1, -1) for t in (k, v))
+    )
+    assert torch.equal(expanded, want[0][0][:1].expand(3, -1, -1, -1))
+
+
+def test_scores_are_never_whole():
+    """No tensor of either pass is as large as a quarter of the T x T scores."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.untyped_storage().nbytes())
+            return out
+
+    q, k, v = problem(1, 600, 600, 2, 1, 4, torch.float32)
+    with Watch():
+        out, lse = ref.forward(q, k, v, None, 0.5)
+        ref.backward(out, q, k, v, out, lse, None, 0.5)
+    assert 2 * ref.BLOCK * 500 * 4 < largest < 2 * 600 * 600 * 4 / 4
+
+
+def test_autocast_casts_q_k_v():
+    args = problem(1, 9, 9, 2, 1, 4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention(args[0], args[1].bfloat16(), args[2])
+    assert torch.equal(got, attention(*(t.bfloat16() for t in args)))
+
+
+def test_compiles_with_dynamic_length():
+    packed = lambda q, k, v, n: attention(q, k, v, cu_seqlens=n)  # noqa: E731
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 14):
+        args = problem(1, length, length, 4, 2, 8, torch.float32)
+        args.append(torch.tensor([0, 3, length], dtype=torch.int32))
+        got, want = testing.gradients(compiled, args), testing.gradients(packed, args)
+        for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]]):
+            assert torch.equal(a, b)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(q=1.0), TypeError, "`q` must be a torch.Tensor"),
+        (dict(q=torch.ones(1, 6, 32)), ValueError, r"`q` has shape \(1, 6, 32\), expected \(B, T"),
+        (dict(q=torch.ones(1, 6, 3, 8)), ValueError, "`q` has 3 heads of size 8, expected a"),
+        (dict(q=torch.ones(1, 6, 0, 8)), ValueError, "`q` has 0 heads of size 8"),
+        (dict(q=torch.ones(1, 7, 4, 8)), ValueError, "`k` has 6 tokens, expected at least the 7"),
+        (dict(q=torch.ones(1, 6, 4, 8).int()), TypeError, "`q` is torch.int32"),
+        (dict(k=torch.ones(2, 6, 2, 8)), ValueError, r"`k` has shape \(2, 6, 2, 8\)"),
+        (dict(k=torch.ones(1, 6, 2, 8).half()), TypeError, "`k` is torch.float16, expected one of"),
+        (dict(v=torch.ones(1, 6, 2, 8).half()), TypeError, "`v` is torch.float16, expected one of"),
+        (dict(v=torch.ones(1, 6, 2, 9)), ValueError, r"`v` has shape \(1, 6, 2, 9\)"),
+        (dict(v=torch.ones(1, 6, 2, 8, device="meta")), ValueError, "`v` is on meta"),
+        (dict(scale=0.0), ValueError, "`scale` must be positive and finite, got 0.0"),
+        (dict(scale=float("nan")), ValueError, "`scale` must be positive and finite, got nan"),
+        (dict(cu_seqlens=torch.tensor([0, 6])), TypeError, "`cu_seqlens` is torch.int64"),
+        (dict(cu_seqlens=int32()), ValueError, "`cu_seqlens` is empty"),
+        (dict(cu_seqlens=int32(0, 5)), ValueError, "`cu_seqlens` must ascend from 0 to 6"),
+        (dict(cu_seqlens=int32(1, 6)), ValueError, "`cu_seqlens` must ascend from 0 to 6"),
+        (dict(cu_seqlens=int32(0, 5, 3, 6)), ValueError, r"`cu_seqlens` .* got \[0, 5, 3, 6\]"),
+        (dict(cu_seqlens=int32(0, 5), q=torch.ones(1, 5, 4, 8)), ValueError,
+         "`k` has 6 tokens, expected the 5 of q with cu_seqlens"),
+        (dict(cu_seqlens=int32(0, 6), q=torch.ones(2, 6, 4, 8), k=torch.ones(2, 6, 2, 8),
+              v=torch.ones(2, 6, 2, 8)), ValueError, "`q` has batch 2, expected 1"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, error, message):
+    good = {"q": torch.ones(1, 6, 4, 8), "k": torch.ones(1, 6, 2, 8), "v": torch.ones(1, 6, 2, 8)}
+    with pytest.raises(error, match=message):
+        attention(**{**good, **change})
