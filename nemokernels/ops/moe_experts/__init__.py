@@ -1,0 +1,64 @@
+"""The routed experts of a mixture: two matrices each, squared ReLU between them."""
+
+from __future__ import annotations
+
+import torch
+
+from nemokernels._autocast import autocast
+from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels.ops.moe_experts import op
+from nemokernels.ops.moe_route import Route
+
+__all__ = ["moe_experts"]
+
+
+def moe_experts(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, route: Route
+) -> torch.Tensor:
+    """Send every token through its experts and add up what they return.
+
+    ``y_t = sum_j w_tj * down_e relu(up_e x_t)**2`` with e the j-th choice of token t. The products
+    accumulate in float32; ``relu(.)**2`` and each expert's result are rounded to x's dtype; the
+    weighted sum over j runs in the order of j in float32 with one cast at the end (float64 for
+    float64 input), so equal inputs give equal bits. A token's NaN reaches that token's y alone.
+    float16 overflows where ``up_e x`` exceeds 256. Under autocast x, up and down are cast to the
+    autocast dtype; the weights stay float32.
+
+    Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros.
+
+    Args:
+        x: (T, X), float32, bfloat16, float16 or float64, any strides.
+        up: (E, F, X), x's dtype.
+        down: (E, X, F), x's dtype.
+        route: what ``moe_route`` returned for these tokens.
+
+    Returns:
+        y (T, X) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+
+    Source: Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated
+    Mixture-of-Experts Layer", 2017; weighting after the down projection as in transformers 5.23
+    NemotronHExperts.
+    """
+    where = "moe_experts"
+    check_tensor(where, "x", x, shape=(None, None), dims="(T, X)", dtypes=FLOATS)
+    check_tensor(where, "up", up, shape=(None, None, x.shape[1]), dims="(E, F, X)", dtypes=FLOATS,
+                 device=x.device)  # fmt: skip
+    check_tensor(where, "down", down, shape=(up.shape[0], x.shape[1], up.shape[1]),
+                 dims="(E, X, F)", dtypes=FLOATS, device=x.device)  # fmt: skip
+    if not isinstance(route, Route):
+        raise TypeError(f"{where}: `route` must be a Route, got {type(route).__name__}")
+    x, up, down = autocast(x, up, down)
+    for name, value in (("up", up), ("down", down)):
+        check_tensor(where, name, value, dtypes=(x.dtype,))
+    check_tensor(where, "route.weights", route.weights, shape=(x.shape[0], None), dims="(T, k)",
+                 dtypes=(torch.float32, torch.float64), device=x.device)  # fmt: skip
+    check(where, route.weights.shape[1] >= 1, "`route.weights` has no slots, expected at least one")
+    integers = dict(dtypes=(torch.int32,), device=x.device)
+    check_tensor(where, "route.offsets", route.offsets, shape=(up.shape[0],), dims="(E,)",
+                 **integers)  # fmt: skip
+    check_tensor(where, "route.order", route.order, shape=(route.weights.numel(),),
+                 dims="(T * k,)", **integers)  # fmt: skip
+    return op.moe_experts(x, up, down, route.weights, route.offsets, route.order)[0]

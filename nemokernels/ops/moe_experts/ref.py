@@ -1,0 +1,91 @@
+"""Squared-ReLU experts in plain torch: the specification and the CPU leg.
+
+T tokens of width X, E experts of width F, k slots per token, R = T * k rows sorted by expert.
+
+Cast points, those of a fused kernel: every product accumulates in the accumulation dtype
+(float32; float64 stays float64) and its epilogue is applied before rounding. Rounded to the dtype
+of x are hidden (R, F), the rows that leave the down projection, and in the backward the rows of
+da, of w * hidden and of dx. Sums over a token's slots run in slot order in the accumulation dtype
+with one cast at the end. The forward keeps hidden alone: relu(a) is its square root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import linear
+
+from nemokernels._registry import acc_dtype
+
+
+def forward(
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+):
+    """y_t = sum_j w_tj * down_e relu(up_e x_t)**2, e the j-th choice of t. Returns y and hidden."""
+    acc, slot = acc_dtype(x), order.long()
+    rows = x[slot // weights.shape[1]].to(acc)
+    hidden = x.new_empty(slot.numel(), up.shape[1])
+    out = x.new_empty(slot.numel(), x.shape[1])  # in slot order
+    for e, r in segments(offsets):
+        hidden[r] = linear(rows[r], up[e].to(acc)).relu_().square_().to(x.dtype)
+        out[slot[r]] = linear(hidden[r].to(acc), down[e].to(acc)).to(x.dtype)
+    return slot_sum(out.view(*weights.shape, x.shape[1]), weights), hidden
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    hidden: torch.Tensor,
+):
+    """Per row, with g = down_e^T dy_t: dw = hidden . g and da = 2 relu(a) * w * g.
+
+    dx_t sums up_e^T da over the slots of t; dup_e = sum da x_t^T; ddown_e = sum dy_t (w hidden)^T.
+    An expert without rows gets exact zeros. Returns dx, dup, ddown, dweights.
+    """
+    acc, slot = acc_dtype(x), order.long()
+    token = slot // weights.shape[1]
+    rows, grads = x[token].to(acc), dy[token].to(acc)
+    row_weights = weights.to(acc).reshape(-1, 1)[slot]
+    dup, ddown = torch.zeros_like(up), torch.zeros_like(down)
+    dweights = weights.new_empty(slot.numel())
+    dout = x.new_empty(slot.numel(), x.shape[1])
+    for e, r in segments(offsets):
+        h, w = hidden[r].to(acc), row_weights[r]
+        g = grads[r] @ down[e].to(acc)
+        dweights[slot[r]] = (h * g).sum(-1).to(weights.dtype)
+        da = (2 * h.sqrt() * (w * g)).to(x.dtype).to(acc)
+        dup[e] = (da.T @ rows[r]).to(up.dtype)
+        ddown[e] = (grads[r].T @ (w * h).to(x.dtype).to(acc)).to(down.dtype)
+        dout[slot[r]] = (da @ up[e].to(acc)).to(x.dtype)
+    dx = slot_sum(dout.view(*weights.shape, x.shape[1]), None)
+    return dx, dup, ddown, dweights.view_as(weights)
+
+
+def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has rows."""
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+        start = end
+
+
+def slot_sum(slots: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """sum_j weights[:, j] * slots[:, j] (T, k, X) -> (T, X), in the order of j, rounded once."""
+    acc = acc_dtype(slots)
+    total = slots.new_zeros((slots.shape[0], slots.shape[2]), dtype=acc)
+    for j in range(slots.shape[1]):
+        part = slots[:, j].to(acc)
+        total += part if weights is None else part * weights[:, j, None].to(acc)
+    return total.to(slots.dtype)

@@ -1,0 +1,211 @@
+import pytest
+import torch
+
+from nemokernels import Route, moe_experts, moe_route, testing
+from nemokernels.ops.moe_experts import ref
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(0, 4, 2), (1, 1, 1), (1, 8, 3), (7, 5, 2), (33, 16, 4)]  # tokens, experts, top_k
+
+
+def make(tokens, experts, top_k, dtype=torch.float64, width=10, hidden=7):
+    """x, up, down and a route over ``experts`` experts, the first of which is never chosen."""
+    x = torch.randn(tokens, width, dtype=dtype)
+    up = torch.randn(experts, hidden, width, dtype=dtype) / width**0.5
+    down = torch.randn(experts, width, hidden, dtype=dtype) / hidden**0.5
+    logits = torch.randn(tokens, experts, dtype=torch.promote_types(dtype, torch.float32))
+    if top_k < experts:
+        logits[:, 0] = -torch.inf
+    return x, up, down, moe_route(logits, top_k=top_k, scale=2.5)
+
+
+def by_token(x, up, down, weights, experts):
+    """One token and one slot at a time, rounding to x's dtype after every operation."""
+    rows = []
+    for t in range(x.shape[0]):
+        total = torch.zeros_like(x[t], dtype=weights.dtype)
+        for w, e in zip(weights[t], experts[t].tolist()):
+            h = (up[e] @ x[t]).clamp(min=0)
+            total = total + w * (down[e] @ (h * h))
+        rows.append(total.to(x.dtype))
+    return torch.stack(rows) if rows else x.new_zeros(x.shape)
+
+
+def call(x, up, down, weights, route):
+    return moe_experts(x, up, down, route._replace(weights=weights))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fp64_equals_a_token_loop(size):
+    x, up, down, route = make(*size)
+    want = by_token(x, up, down, route.weights, route.experts)
+    torch.testing.assert_close(moe_experts(x, up, down, route), want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradcheck(size):
+    x, up, down, route = make(*size, width=4, hidden=3)
+    args = [t.detach().requires_grad_() for t in (x, up, down, route.weights)]
+    assert torch.autograd.gradcheck(lambda *a: call(*a, route), args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision(dtype):
+    x, up, down, route = make(65, 12, 3, dtype, width=48, hidden=40)
+    tensors, dy = [x, up, down, route.weights], torch.randn(65, 48).to(dtype)
+    out, got = testing.gradients(lambda *a: call(*a, route), tensors, [dy])
+    plain = lambda *a: by_token(*a, route.experts)  # noqa: E731
+    low_out, low = testing.gradients(plain, tensors, [dy])
+    exact_out, exact = testing.gradients(plain, testing.to_double(tensors), [dy.double()])
+    testing.assert_matches(out[0], exact_out[0], low_out[0])
+    for g, w, p, name in zip(got, exact, low, ("dx", "dup", "ddown", "dweights")):
+        assert g.dtype == p.dtype
+        testing.assert_matches(g, w, p, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_cast_points(dtype):
+    """hidden and each down row are rounded once, from wide products; so is the weighted sum."""
+    x, up, down, route = make(9, 5, 2, dtype)
+    y, hidden = ref.forward(x, up, down, route.weights, route.offsets, route.order)
+    for t in range(9):
+        total = torch.zeros(10)
+        for j, e in enumerate(route.experts[t].tolist()):
+            h = torch.nn.functional.linear(x[t : t + 1].float(), up[e].float()).relu() ** 2
+            row = (route.order == 2 * t + j).nonzero().item()
+            testing.assert_matches(hidden[row], h[0].double(), h[0].to(dtype))
+            out = torch.nn.functional.linear(hidden[row : row + 1].float(), down[e].float())
+            total += route.weights[t, j] * out[0].to(dtype).float()
+        error = (y[t].float() - total).abs()
+        # One rounding of the sum, and one more unit where a wide product fell on the other side.
+        assert (error <= 2 * torch.finfo(dtype).eps * total.abs().max()).all()
+
+
+def test_slots_are_summed_in_order():
+    """1e8 + 1 - 1e8 in float32 is 0, 1e8 - 1e8 + 1 is 1: the order of the slots decides."""
+    slots = torch.tensor([[1e8, 1.0, -1e8], [1e8, -1e8, 1.0]])[..., None]
+    assert ref.slot_sum(slots, torch.ones(2, 3)).tolist() == [[0.0], [1.0]]
+    assert ref.slot_sum(slots, None).tolist() == [[0.0], [1.0]]
+
+
+def test_experts_without_tokens_have_zero_gradient():
+    x, up, down, route = make(3, 9, 2)
+    _, (_, dup, ddown, _) = testing.gradients(
+        lambda *a: call(*a, route), [x, up, down, route.weights]
+    )
+    idle = route.counts == 0
+    assert idle[0] and idle.sum() >= 2
+    assert not dup[idle].any() and not ddown[idle].any()
+    assert dup[~idle].flatten(1).any(1).all() and ddown[~idle].flatten(1).any(1).all()
+
+
+def test_no_tokens():
+    x, up, down, route = make(0, 4, 2)
+    out, grads = testing.gradients(lambda *a: call(*a, route), [x, up, down, route.weights])
+    assert out[0].shape == (0, 10) and grads[3].shape == (0, 2)
+    assert not grads[1].any() and not grads[2].any()
+
+
+def test_nan_token_does_not_spread():
+    x, up, down, route = make(12, 4, 2, torch.float32)
+    args, rest = [x, up, down, route.weights], [t for t in range(12) if t != 5]
+    clean, clean_grads = testing.gradients(lambda *a: call(*a, route), args)
+    bad = x.clone()
+    bad[5] = torch.nan
+    out, grads = testing.gradients(lambda *a: call(*a, route), [bad, *args[1:]])
+    assert torch.equal(out[0][rest], clean[0][rest]) and out[0][5].isnan().all()
+    for got, want in ((grads[0], clean_grads[0]), (grads[3], clean_grads[3])):
+        assert torch.equal(got[rest], want[rest]) and got[5].isnan().all()
+
+
+def test_nan_weight_stays_in_its_token():
+    x, up, down, route = make(6, 4, 2, torch.float32)
+    clean = moe_experts(x, up, down, route)
+    route.weights[2, 1] = torch.nan
+    out = moe_experts(x, up, down, route)
+    assert out[2].isnan().all() and torch.equal(out[[0, 1, 3, 4, 5]], clean[[0, 1, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e6])
+def test_extreme_tokens_stay_finite(scale):
+    x, up, down, route = make(5, 4, 2, torch.float32)
+    out, grads = testing.gradients(lambda *a: call(*a, route), [x * scale, up, down, route.weights])
+    assert all(t.isfinite().all() for t in (*out, *grads))
+
+
+def test_any_strides():
+    x, up, down, route = make(8, 4, 2, torch.float32)
+    want = moe_experts(x, up, down, route)
+    spread = torch.stack([x, x], -1)[..., 0]
+    up_t, down_t = up.mT.contiguous().mT, torch.cat([down, down], -1)[..., :7]
+    strided = Route(*(torch.stack([t, t], -1)[..., 0] for t in route))
+    assert not any(t.is_contiguous() for t in (spread, up_t, down_t, *strided))
+    torch.testing.assert_close(moe_experts(spread, up_t, down_t, strided), want)
+    dy = torch.randn(10, 8).T
+    plain, views = (x, up, down, route.weights), (spread, up_t, down_t, strided.weights)
+    for t in (*plain, *views):
+        t.requires_grad_()
+    wanted = torch.autograd.grad(call(*plain, route), plain, dy.contiguous())
+    got = torch.autograd.grad(call(*views, strided), views, dy)
+    for g, w in zip(got, wanted):
+        torch.testing.assert_close(g, w)
+
+
+def test_equals_transformers():
+    modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    from transformers import NemotronHConfig
+
+    config = NemotronHConfig(
+        hybrid_override_pattern="E*", num_hidden_layers=2, hidden_size=10, n_routed_experts=6,
+        num_experts_per_tok=3, moe_intermediate_size=7, moe_latent_size=None,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    theirs = modeling.NemotronHExperts(config).double()
+    x, up, down, route = make(20, 6, 3)
+    with torch.no_grad():
+        theirs.up_proj.copy_(up)
+        theirs.down_proj.copy_(down)
+        want = theirs(x, route.experts.long(), route.weights)
+    torch.testing.assert_close(moe_experts(x, up, down, route), want, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_takes_parameters_of_another_dtype():
+    x, up, down, route = make(8, 4, 2, torch.float32)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe_experts(x, up, down, route)
+    assert torch.equal(y, moe_experts(x.bfloat16(), up.bfloat16(), down.bfloat16(), route))
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and y.dtype == torch.bfloat16
+
+
+X, UP, DOWN, ROUTE = torch.ones(2, 4), torch.ones(3, 5, 4), torch.ones(3, 4, 5), None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x=[1.0]), TypeError, "`x` must be a torch.Tensor"),
+        (dict(x=X.int()), TypeError, "`x` is torch.int32"),
+        (dict(x=X[None]), ValueError, r"`x` has shape \(1, 2, 4\), expected \(T, X\)"),
+        (dict(up=UP.mT), ValueError, r"`up` has shape \(3, 4, 5\), expected \(E, F, X\)"),
+        (dict(up=UP.bfloat16()), TypeError, "`up` is torch.bfloat16, expected one of float32"),
+        (dict(down=DOWN.half()), TypeError, "`down` is torch.float16"),
+        (dict(down=DOWN[:2]), ValueError, r"`down` has shape .* expected \(E, X, F\)"),
+        (dict(down=DOWN.to("meta")), ValueError, "`down` is on meta"),
+        (dict(route=(1, 2)), TypeError, "`route` must be a Route, got tuple"),
+        (dict(weights=torch.ones(3, 2)), ValueError, r"`route.weights` has shape \(3, 2\)"),
+        (dict(weights=torch.ones(2, 0)), ValueError, "`route.weights` has no slots"),
+        (dict(weights=torch.ones(2, 2).half()), TypeError, "`route.weights` is torch.float16"),
+        (dict(offsets=torch.ones(4).int()), ValueError, r"`route.offsets` has shape \(4,\)"),
+        (dict(offsets=torch.ones(3).long()), TypeError, "`route.offsets` is torch.int64"),
+        (dict(order=torch.ones(3).int()), ValueError, r"`route.order` has shape \(3,\)"),
+    ],
+)
+def test_bad_input(change, error, message):
+    args = {"x": X, "up": UP, "down": DOWN, "route": moe_route(torch.zeros(2, 3), top_k=2)}
+    parts = {k: v for k, v in change.items() if k not in args}
+    args["route"] = args["route"]._replace(**parts)
+    args |= {k: v for k, v in change.items() if k in args}
+    with pytest.raises(error, match="moe_experts: " + message):
+        moe_experts(**args)
