@@ -1,0 +1,310 @@
+"""NemotronHConfig: what config.json says, checked once, under the names config.json uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["ConfigError", "NemotronHConfig"]
+
+# One letter per layer. The three spellings: the published pattern string, the published list of
+# words, and the words transformers 5 writes when it saves.
+WORDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+_LETTERS = {"mamba": "M", "attention": "*", **{word: letter for letter, word in WORDS.items()}}
+_PATTERN_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types")
+_MTP_KEYS = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
+_ALIASES = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon"}
+
+# Sizes a layer of each kind cannot do without.
+_NEEDED = {
+    "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"),
+    "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "-": ("intermediate_size",),
+    "E": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+          "moe_shared_expert_intermediate_size"),
+}  # fmt: skip
+
+# Options the architecture has in config.json but no released model uses another way. A different
+# value would change the result, so it is refused and not ignored.
+_FIXED = {
+    "model_type": "nemotron_h",
+    "tie_word_embeddings": False,
+    "use_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "mamba_proj_bias": False,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "residual_in_fp32": False,
+    "sliding_window": None,
+    "attention_dropout": 0,
+    "hidden_dropout": 0,
+    "n_shared_experts": 1,
+}
+
+MAX_SIZE = 1 << 24  # above every released size by a factor of 100; a damaged file exceeds it
+MAX_LAYERS = 4096
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+class ConfigError(ValueError):
+    """config.json is not a usable Nemotron-H configuration; the message names the field."""
+
+
+@dataclass(frozen=True)
+class NemotronHConfig:
+    """Sizes and constants of one Nemotron-H model. Field names are those of its config.json.
+
+    Sizes of layer kinds the pattern does not contain may be None. ``extra`` keeps every field of
+    the file that is not interpreted here, so that saving loses none.
+
+    Raises:
+        ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    hybrid_override_pattern: str
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    mamba_num_heads: int | None = None
+    mamba_head_dim: int | None = None
+    ssm_state_size: int | None = None
+    n_groups: int | None = None
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    chunk_size: int = 128
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    mamba_ssm_cache_dtype: str = "float32"
+    n_routed_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_latent_size: int | None = None
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    num_nextn_predict_layers: int = 0
+    mtp_hybrid_override_pattern: str = ""
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    extra: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        limits = tuple(math.inf if v > _FLOAT32_MAX else v for v in _limits(self.time_step_limit))
+        object.__setattr__(self, "time_step_limit", limits)
+        for spec in dataclasses.fields(self):
+            if spec.name not in ("extra", "time_step_limit"):
+                _check_type(spec.name, getattr(self, spec.name), spec.type)
+        _check(self)
+
+    @property
+    def pattern(self) -> str:
+        """One letter per layer: M Mamba-2, * attention, - MLP, E mixture of experts."""
+        return self.hybrid_override_pattern
+
+    @property
+    def mtp_pattern(self) -> str:
+        """The layers of the multi-token-prediction block, or ``""`` without one.
+
+        The block is stored once and applied once per predicted token.
+        """
+        return self.mtp_hybrid_override_pattern if self.num_nextn_predict_layers else ""
+
+    @property
+    def d_inner(self) -> int:
+        """Width of a Mamba layer. The file's ``expand`` sizes nothing."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> NemotronHConfig:
+        """Read the fields of a config.json, in any of its spellings."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"config must be a JSON object, got {type(data).__name__}")
+        left = dict(data)
+        for name, want in _FIXED.items():
+            if left.get(name, want) != want:
+                raise ConfigError(f"`{name}` is {left[name]!r}; only {want!r} is supported")
+        for old, new in _ALIASES.items():
+            if old in left:
+                value = left.pop(old)
+                if left.setdefault(new, value) != value:
+                    raise ConfigError(f"`{old}` is {value!r} but `{new}` is {left[new]!r}")
+        pattern = _pattern(left, _PATTERN_KEYS)
+        if pattern is None:
+            raise ConfigError(
+                f"`{_PATTERN_KEYS[0]}` is missing (or {', '.join(_PATTERN_KEYS[1:])})"
+            )
+        layers = left.pop("num_hidden_layers", None)
+        if layers is not None and layers != len(pattern):
+            raise ConfigError(f"`num_hidden_layers` is {layers!r} but {len(pattern)} are listed")
+        mtp = _pattern(left, _MTP_KEYS)
+        left["hybrid_override_pattern"] = pattern
+        # transformers writes the block's default layers into files of models that have none.
+        left["mtp_hybrid_override_pattern"] = (
+            ("*E" if mtp is None else mtp) if left.get("num_nextn_predict_layers", 0) else ""
+        )
+        known = [spec.name for spec in dataclasses.fields(cls) if spec.name != "extra"]
+        for name in ("vocab_size", "hidden_size"):
+            if name not in left:
+                raise ConfigError(f"`{name}` is missing")
+        return cls(**{name: left.pop(name) for name in known if name in left}, extra=left)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> NemotronHConfig:
+        """Read a config.json file."""
+        try:
+            data = json.loads(Path(path).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not readable JSON: {error}") from error
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields of a config.json that transformers, vLLM and :meth:`from_dict` read."""
+        own = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        own = {name: value for name, value in own.items() if value is not None and name != "extra"}
+        own["time_step_limit"] = list(self.time_step_limit)
+        if not self.mtp_pattern:
+            del own["mtp_hybrid_override_pattern"]
+        return {
+            "architectures": ["NemotronHForCausalLM"],
+            "model_type": "nemotron_h",
+            **self.extra,
+            "num_hidden_layers": len(self.pattern),
+            **own,
+        }
+
+
+def _pattern(data: dict[str, object], names: tuple[str, ...]) -> str | None:
+    """Take every spelling of one layer list out of ``data``; they must agree."""
+    found = {name: _letters(name, data.pop(name)) for name in names if data.get(name) is not None}
+    for name in names:
+        data.pop(name, None)
+    if len(set(found.values())) > 1:
+        raise ConfigError("; ".join(f"`{name}` says {p!r}" for name, p in found.items()))
+    return next(iter(found.values()), None)
+
+
+def _letters(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+        raise ConfigError(f"`{name}` must be a string or a list of words, got {value!r:.80}")
+    wrong = next((word for word in value if word not in _LETTERS), None)
+    if wrong is not None:
+        raise ConfigError(f"`{name}` holds {wrong!r:.80}, expected one of {', '.join(_LETTERS)}")
+    return "".join(_LETTERS[word] for word in value)
+
+
+def _limits(value: object) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ConfigError(f"`time_step_limit` must be [low, high], got {value!r:.80}")
+    low, high = (_number(v) for v in value)
+    if low is None or high is None or not 0 <= low <= high:
+        raise ConfigError(f"`time_step_limit` must be 0 <= low <= high, got {value!r:.80}")
+    return low, high
+
+
+def _number(value: object) -> float | None:
+    # JSON has no infinity: files hold Infinity, "inf", or {"__float__": "Infinity"}.
+    if isinstance(value, Mapping):
+        value = value.get("__float__")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _check_type(name: str, value: object, kind: str) -> None:
+    if value is None and kind.endswith("| None"):
+        return
+    kind = kind.removesuffix(" | None")
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    good = {
+        "int": integer,
+        "float": integer or isinstance(value, float),
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+    }[kind]
+    if not good:
+        raise ConfigError(f"`{name}` must be of type {kind}, got {value!r:.80}")
+    if kind == "int":
+        low = 0 if name == "num_nextn_predict_layers" else 1
+        if not low <= value <= MAX_SIZE:
+            raise ConfigError(f"`{name}` must be from {low} to {MAX_SIZE}, got {value!r:.80}")
+    if kind == "float" and not 0 <= value <= 1e6:  # also refuses NaN
+        raise ConfigError(f"`{name}` must be from 0 to 1e6, got {value!r:.80}")
+
+
+def _check(config: NemotronHConfig) -> None:
+    for name, pattern, allowed in (
+        ("hybrid_override_pattern", config.pattern, "M*-E"),
+        # The recurrent state of a drafted chain is kept for the trunk only.
+        ("mtp_hybrid_override_pattern", config.mtp_pattern, "*-E"),
+    ):
+        if set(pattern) - set(allowed):
+            raise ConfigError(f"`{name}` may hold {allowed!r}, got {pattern!r:.80}")
+        if len(pattern) > MAX_LAYERS:
+            raise ConfigError(f"`{name}` has {len(pattern)} layers, at most {MAX_LAYERS}")
+    if not config.pattern:
+        raise ConfigError("`hybrid_override_pattern` is empty")
+    if config.num_nextn_predict_layers and not config.mtp_pattern:
+        raise ConfigError("`mtp_hybrid_override_pattern` is empty")
+    used = set(config.pattern + config.mtp_pattern)
+    for letter in sorted(used):
+        for name in _NEEDED[letter]:
+            if getattr(config, name) is None:
+                raise ConfigError(f"`{name}` is missing; the pattern has {letter!r} layers")
+    if "M" in used:
+        _divides(config, "mamba_num_heads", "n_groups")
+        if not 2 <= config.conv_kernel <= 4:
+            raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
+        if not config.time_step_min <= config.time_step_max:
+            raise ConfigError(
+                f"`time_step_max` is {config.time_step_max}, below `time_step_min` "
+                f"{config.time_step_min}"
+            )
+        if config.mamba_ssm_cache_dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(
+                "`mamba_ssm_cache_dtype` must be float32, bfloat16 or float16, got "
+                f"{config.mamba_ssm_cache_dtype!r:.80}"
+            )
+    if "*" in used:
+        _divides(config, "num_attention_heads", "num_key_value_heads")
+    if "E" in used:
+        _divides(config, "n_routed_experts", "n_group")
+        if config.topk_group > config.n_group:
+            raise ConfigError(f"`topk_group` {config.topk_group} exceeds {config.n_group} groups")
+        choice = config.n_routed_experts // config.n_group * config.topk_group
+        if config.num_experts_per_tok > choice:
+            raise ConfigError(
+                f"`num_experts_per_tok` is {config.num_experts_per_tok}, but a token chooses among "
+                f"{choice} experts"
+            )
+
+
+def _divides(config: NemotronHConfig, whole: str, part: str) -> None:
+    a, b = getattr(config, whole), getattr(config, part)
+    if a % b:
+        raise ConfigError(f"`{whole}` is {a}, not a multiple of `{part}` {b}")

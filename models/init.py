@@ -1,0 +1,45 @@
+"""Initial values of a model that is trained from scratch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+__all__ = ["reset_parameters"]
+
+
+@torch.no_grad()
+def reset_parameters(model: nn.Module) -> None:
+    """Fill every parameter and buffer of a NemotronH.
+
+    Linear layers, experts, routers and embeddings: normal(0, initializer_range). Weights that write
+    into the residual stream are divided by the square root of the number of layers (the scheme of
+    GPT-2) if the config's ``rescale_prenorm_residual`` says so; an MTP block counts its own layers.
+    Mamba: A uniform in [1, 16], step sizes log-uniform in [time_step_min, time_step_max] and not
+    below time_step_floor, D one. Norms are one, buffers zero.
+    """
+    c, std = model.config, model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        layers = len(c.mtp_pattern if name.startswith("mtp.") else c.pattern)
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        if leaf in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
+            scale = math.sqrt(layers) if c.rescale_prenorm_residual else 1.0
+            nn.init.normal_(parameter, std=std / scale)
+        elif "norm" in leaf or leaf == "D":
+            nn.init.ones_(parameter)
+        elif "conv1d" in name:
+            bound = c.conv_kernel**-0.5
+            nn.init.uniform_(parameter, -bound, bound)
+        elif leaf == "A_log":
+            nn.init.uniform_(parameter, 1, 16).log_()
+        elif leaf == "dt_bias":
+            low = max(c.time_step_min, c.time_step_floor, torch.finfo(torch.float32).tiny)
+            nn.init.uniform_(parameter, math.log(low), math.log(max(low, c.time_step_max)))
+            dt = parameter.exp()
+            parameter.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        else:
+            nn.init.normal_(parameter, std=std)
+    for buffer in model.buffers():
+        buffer.zero_()

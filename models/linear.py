@@ -1,0 +1,59 @@
+"""The one matrix product of the models, and the mode in which it ignores its batch."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["Linear", "exact", "linear", "row_by_row"]
+
+_exact: contextvars.ContextVar[bool] = contextvars.ContextVar("exact", default=False)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Compute every token on its own inside the block, with the same calls whatever the batch is.
+
+    A library picks the order of a product's sums by the number of rows, so that a token's result
+    depends, in its last bits, on how many tokens it is computed with. Inside this block it does
+    not: each row goes through the identical one-row call. Speculative decoding then emits exactly
+    the tokens of plain decoding. It costs the speed of a batch.
+    """
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def row_by_row(fn: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """``fn(rows)`` for rows (N, D), in :func:`exact` mode one row at a time."""
+    if not _exact.get() or rows.shape[0] <= 1:
+        return fn(rows)
+    return torch.cat([fn(row) for row in rows.split(1)])
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` for x (..., in) and weight (out, in)."""
+    if not _exact.get():
+        return F.linear(x, weight)
+    rows = row_by_row(lambda row: F.linear(row, weight), x.reshape(-1, x.shape[-1]))
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; its values come from the model's ``reset_parameters``."""
+
+    def __init__(self, inputs: int, outputs: int, **kwargs):
+        super().__init__(inputs, outputs, bias=False, **kwargs)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)

@@ -1,0 +1,191 @@
+"""The mixers of a Nemotron-H layer: Mamba-2, attention, MLP and mixture of experts.
+
+Module names are the tensor names of the published checkpoints; only the experts differ, which are
+stacked here and stored one by one there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from nemokernels import moe_experts, moe_route, relu2, rms_norm, rmsnorm_fn
+from nemokernels.models.config import NemotronHConfig
+from nemokernels.models.linear import Linear, linear, row_by_row
+from nemokernels.models.state import Run
+
+__all__ = ["MLP", "MoE", "Attention", "Mamba2", "RMSNorm", "Router"]
+
+
+class Wide(nn.Module):
+    """A module whose own parameters and buffers a cast of the model never narrows.
+
+    A_log, D, dt_bias and the router are float32 in a model of any 16-bit dtype.
+    """
+
+    def _apply(self, fn, recurse=True):
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            out = fn(tensor)
+            return tensor.to(out.device) if out.itemsize < tensor.itemsize else out
+
+        return super()._apply(apply, recurse=False)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, **kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, **kwargs))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
+
+
+class Conv1d(nn.Module):
+    """Holds the depthwise convolution's weight in the checkpoint's shape."""
+
+    def __init__(self, channels: int, taps: int, bias: bool, **kwargs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps, **kwargs))
+        self.bias = nn.Parameter(torch.empty(channels, **kwargs)) if bias else None
+
+
+class Mamba2(Wide):
+    def __init__(self, config: NemotronHConfig, index: int, **kwargs):
+        super().__init__()
+        self.config, self.index = config, index
+        inner, heads = config.d_inner, config.mamba_num_heads
+        wide = {**kwargs, "dtype": _wide(kwargs["dtype"])}
+        self.in_proj = Linear(config.hidden_size, inner + config.conv_dim + heads, **kwargs)
+        self.conv1d = Conv1d(config.conv_dim, config.conv_kernel, config.use_conv_bias, **kwargs)
+        self.A_log = nn.Parameter(torch.empty(heads, **wide))
+        self.D = nn.Parameter(torch.empty(heads, **wide))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **wide))
+        self.norm = RMSNorm(inner, config.layer_norm_epsilon, **kwargs)
+        self.out_proj = Linear(inner, config.hidden_size, **kwargs)
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        c = self.config
+        groups = (c.n_groups, c.ssm_state_size)
+        z, xBC, dt = self.in_proj(x).split([c.d_inner, c.conv_dim, c.mamba_num_heads], -1)
+        xBC = run.conv(self.index, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x, B, C = xBC.split([c.d_inner, math.prod(groups), math.prod(groups)], -1)
+        y = run.scan(
+            self.index,
+            x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
+            dt,
+            -self.A_log.exp(),
+            B.unflatten(-1, groups),
+            C.unflatten(-1, groups),
+            D=self.D,
+            dt_bias=self.dt_bias,
+        ).flatten(-2)
+        size = c.d_inner // c.n_groups
+        y = rmsnorm_fn(y, self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False)
+        return self.out_proj(y)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention without positional encoding."""
+
+    def __init__(self, config: NemotronHConfig, index: int, **kwargs):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        width, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, **kwargs)
+        self.k_proj = Linear(width, kv, **kwargs)
+        self.v_proj = Linear(width, kv, **kwargs)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, **kwargs)
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        return self.o_proj(run.attend(self.index, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int, **kwargs):
+        super().__init__()
+        self.up_proj = Linear(width, inner, **kwargs)
+        self.down_proj = Linear(inner, width, **kwargs)
+
+    def forward(self, x: torch.Tensor, run: Run | None = None) -> torch.Tensor:
+        return self.down_proj(relu2(self.up_proj(x)))
+
+
+class Router(Wide):
+    """Scores every token against every expert, in float32.
+
+    ``expert_counts`` adds up the tokens each expert received in training mode, for loss-free
+    balancing; whoever moves ``e_score_correction_bias`` zeroes it.
+    """
+
+    def __init__(self, config: NemotronHConfig, **kwargs):
+        super().__init__()
+        experts, dtype = config.n_routed_experts, _wide(kwargs.pop("dtype"))
+        weight = torch.empty(experts, config.hidden_size, dtype=dtype, **kwargs)
+        self.weight = nn.Parameter(weight)
+        bias = torch.zeros(experts, dtype=dtype, **kwargs)
+        self.register_buffer("e_score_correction_bias", bias)
+        counts = torch.zeros(experts, dtype=torch.int64, **kwargs)
+        self.register_buffer("expert_counts", counts, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x.to(self.weight.dtype), self.weight)
+
+
+class Experts(nn.Module):
+    def __init__(self, experts: int, width: int, inner: int, **kwargs):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(experts, inner, width, **kwargs))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner, **kwargs))
+
+
+class MoE(nn.Module):
+    """Routed experts plus one shared expert.
+
+    With ``moe_latent_size`` the routed experts work in a narrower space between two projections;
+    router and shared expert always see the full width.
+    """
+
+    def __init__(self, config: NemotronHConfig, **kwargs):
+        super().__init__()
+        width, latent = config.hidden_size, config.moe_latent_size
+        self.gate = Router(config, **kwargs)
+        inner = config.moe_intermediate_size
+        self.experts = Experts(config.n_routed_experts, latent or width, inner, **kwargs)
+        self.shared_experts = MLP(width, config.moe_shared_expert_intermediate_size, **kwargs)
+        self.fc1_latent_proj = Linear(width, latent, **kwargs) if latent else None
+        self.fc2_latent_proj = Linear(latent, width, **kwargs) if latent else None
+        self.choice = {
+            "top_k": config.num_experts_per_tok,
+            "n_group": config.n_group,
+            "topk_group": config.topk_group,
+            "norm_topk_prob": config.norm_topk_prob,
+            "scale": config.routed_scaling_factor,
+        }
+
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        routed = row_by_row(self._routed, x.reshape(-1, x.shape[-1])).view_as(x)
+        return routed + self.shared_experts(x)
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.gate.e_score_correction_bias
+        route = moe_route(self.gate(x), correction_bias=bias, **self.choice)
+        if self.training:
+            self.gate.expert_counts.add_(route.counts)
+        if self.fc1_latent_proj is None:
+            return moe_experts(x, self.experts.up_proj, self.experts.down_proj, route)
+        x = self.fc1_latent_proj(x)
+        y = moe_experts(x, self.experts.up_proj, self.experts.down_proj, route)
+        return self.fc2_latent_proj(y)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
