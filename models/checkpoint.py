@@ -1,0 +1,313 @@
+"""Loading ``nemotron_h`` checkpoints: a folder with config.json and safetensors files.
+
+Loading is strict. Headers are checked in full before anything is allocated: every tensor the
+configuration asks for must be there once, with its shape and dtype, and nothing else may be. Then
+each tensor is read once, straight into its parameter, so memory stays at about one model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import nemokernels
+from nemokernels.models import names
+from nemokernels.models.config import ConfigError, NemotronHConfig
+from nemokernels.models.files import (
+    CONFIG,
+    CheckpointError,
+    Problems,
+    Shards,
+    StoredTensor,
+    read_json,
+)
+from nemokernels.models.names import TensorSpec
+from nemokernels.models.nemotron_h import NemotronH, build
+from nemokernels.models.quantization import (
+    Quantization,
+    Scheme,
+    check_layers,
+    is_scale,
+    parse_scheme,
+)
+from nemokernels.models.variants import find_config
+
+QUANT_CONFIG = "hf_quant_config.json"
+MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_TENSORS = 1_000_000  # twenty times the largest model; above it a configuration is nonsense
+# Prefix of the language model and, below it, of its layers; the first is the published one.
+LAYOUTS = [(wrapper, trunk) for wrapper in ("", "language_model.")
+           for trunk in ("backbone.", "model.")]  # fmt: skip
+# Towers of the multimodal repositories, beside `language_model.`; their tensors are not read.
+OTHER_TOWERS = ("vision_model.", "mlp1.", "sound_encoder.", "sound_projection.",
+                "video_embedder.", "vision_projector.")  # fmt: skip
+
+
+def checkpoint_spec(name_or_config: str | NemotronHConfig) -> dict[str, TensorSpec]:
+    """Name -> (shape, dtype) of every tensor of the published bfloat16 checkpoint, in its order.
+
+    All are bfloat16 except the routers' correction biases, which are float32.
+    """
+    return {
+        name: TensorSpec(shape, names.published_dtype(name, torch.bfloat16))
+        for name, shape in names.tensor_shapes(find_config(name_or_config))
+    }
+
+
+def from_pretrained(
+    folder: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NemotronH:
+    """Load a checkpoint folder in the Hugging Face layout.
+
+    Accepts ``model.safetensors`` or shards with ``model.safetensors.index.json``; the prefixes
+    ``backbone.`` (published) and ``model.`` (transformers 5 in memory, experts stacked or not),
+    each also under ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8
+    and NVFP4, which are dequantised (``model.quantization`` keeps the rest of what they say).
+
+    Args:
+        folder: the checkpoint.
+        device: where the parameters go; the CPU by default.
+        dtype: dtype of the parameters. None keeps the file's (bfloat16 where layers are
+            quantised). A_log, D, dt_bias, the router and its correction bias are at least float32.
+
+    Returns:
+        The model, in evaluation mode. ``model.file_dtypes`` records the dtypes of the file, which
+        :func:`~nemokernels.models.save_pretrained` restores.
+
+    Raises:
+        CheckpointError: the folder, a file, a tensor or the configuration is not as it must be;
+            the message names all of them (the first 20 in full). Nothing has been allocated then.
+    """
+    folder, device = Path(folder), torch.device(device or "cpu")
+    if device.type == "meta":
+        raise ValueError("from_pretrained: `device` is meta, expected a device that holds data")
+    if dtype is not None and dtype not in MODEL_DTYPES:
+        raise TypeError(f"from_pretrained: `dtype` is {dtype}, expected a floating model dtype")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder")
+    data = read_json(folder, CONFIG)
+    config = _config(folder, data)
+    problems = Problems(folder)
+    with Shards(folder, problems) as shards:
+        plan = _plan(config, _scheme(folder, data), shards.tensors, problems)
+        scalars = _scalars(plan, shards, problems) if plan.quantization else {}
+        problems.raise_if_any()
+        model = build(config, device="meta", dtype=dtype or plan.dtype)
+        _fill(model, plan, shards, scalars, device, dtype)
+    return model.eval()
+
+
+class Source(NamedTuple):
+    """Where one parameter, or one expert of a stack, comes from. ``index`` None: all of it."""
+
+    target: str
+    index: int | None
+    tensor: StoredTensor
+    module: str  # of the file's layer, for its scales
+    algorithm: str | None
+
+
+class Plan(NamedTuple):
+    dtype: torch.dtype  # of everything that is neither quantised nor kept in float32
+    shapes: dict[str, tuple[int, ...]]  # parameter -> shape
+    sources: list[Source]
+    tensors: dict[str, StoredTensor]  # canonical name -> stored tensor
+    quantization: Quantization | None
+
+
+def _config(folder: Path, data: dict) -> NemotronHConfig:
+    for nested in ("llm_config", "text_config"):
+        data = data[nested] if isinstance(data.get(nested), dict) else data
+    data = {key: value for key, value in data.items() if key != "quantization_config"}
+    try:
+        config = NemotronHConfig.from_dict(data)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    count = names.tensor_count(config)
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{folder / CONFIG}: describes {count} tensors, over {MAX_TENSORS}")
+    return config
+
+
+def _scheme(folder: Path, data: dict) -> Scheme | None:
+    found = []
+    if os.path.lexists(folder / QUANT_CONFIG):
+        value = read_json(folder, QUANT_CONFIG).get("quantization")
+        found.append((QUANT_CONFIG, value))
+    if data.get("quantization_config") is not None:
+        found.append((CONFIG, data["quantization_config"]))
+    schemes = []
+    for file, value in found:
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{folder / file}: the quantisation must be an object")
+        try:
+            schemes.append(parse_scheme(file, value, _module))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+    if len({scheme.algorithm for scheme in schemes}) > 1:
+        raise CheckpointError(f"{folder}: {QUANT_CONFIG} and {CONFIG} name different algorithms")
+    return schemes[0] if schemes else None
+
+
+def _module(name: str) -> str:
+    """A module's name in a quantisation list, in our spelling."""
+    name = name.removeprefix("language_model.")
+    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def _canonical(stored: dict[str, StoredTensor], problems: Problems) -> dict[str, StoredTensor]:
+    """The stored tensors under the published names; what has no such name is a problem."""
+    fitting = [both for both in LAYOUTS if "".join(both) + "embeddings.weight" in stored]
+    if len(fitting) > 1:
+        prefixes = ", ".join("".join(both) for both in fitting)
+        problems.add(f"embeddings.weight: stored under several prefixes ({prefixes})")
+    wrapper, trunk = (fitting or LAYOUTS)[0]
+    tensors = {}
+    for name, tensor in stored.items():
+        bare = name.removeprefix(wrapper)
+        if wrapper and not name.startswith(wrapper):
+            if not name.startswith(OTHER_TOWERS):
+                problems.add(f"{name}: unexpected (in {tensor.file})")
+        elif bare.startswith(trunk):
+            tensors["backbone." + bare.removeprefix(trunk)] = tensor
+        elif bare.startswith(("lm_head.", "mtp.")):
+            tensors[bare] = tensor
+        else:
+            problems.add(f"{name}: unexpected (in {tensor.file})")
+    return tensors
+
+
+def _plan(
+    config: NemotronHConfig,
+    scheme: Scheme | None,
+    stored: dict[str, StoredTensor],
+    problems: Problems,
+) -> Plan:
+    tensors = _canonical(stored, problems)
+    shapes: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
+    for name, shape in names.tensor_shapes(config):
+        target, index = names.stacked(name) or (name, None)
+        if index is not None:
+            shape = (config.n_routed_experts, *shape)
+        shapes[target] = shape
+        if index is None or target in tensors:
+            wanted[target] = (target, None, shape)
+        else:
+            wanted[name] = (target, index, shape[1:])
+    modules = {
+        name.removesuffix(".weight"): shape
+        for name, (_, _, shape) in wanted.items()
+        if name.endswith(".weight") and names.is_linear(name.removesuffix(".weight"))
+    }
+    layers, scales = check_layers(modules, tensors, scheme, problems)
+    dtype = _model_dtype(tensors)
+    sources = []
+    for name, (target, index, shape) in wanted.items():
+        module = name.removesuffix(".weight")
+        tensor = tensors.get(name)
+        if tensor is None:
+            problems.add(f"{name}: missing")
+            continue
+        sources.append(Source(target, index, tensor, module, layers.get(module)))
+        if module in layers:
+            continue
+        if tensor.shape != shape:
+            problems.add(f"{name}: {tensor.file} stores shape {tensor.shape}, expected {shape}")
+        may_be_wide = names.is_wide(name) or len(shape) == 1
+        if tensor.dtype != dtype and not (may_be_wide and tensor.dtype == torch.float32):
+            problems.add(f"{name}: {tensor.file} stores {tensor.dtype}, expected {dtype}")
+    for name in tensors.keys() - wanted.keys() - scales:
+        what = "a scale without its quantised layer" if is_scale(name) else "unexpected"
+        problems.add(f"{tensors[name].name}: {what} (in {tensors[name].file})")
+    quantization = None if scheme is None else Quantization(layers)
+    return Plan(dtype, shapes, sources, tensors, quantization)
+
+
+def _model_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of the embeddings, which are never quantised, where it is one a model can have."""
+    embeddings = tensors.get("backbone.embeddings.weight")
+    if embeddings is not None and embeddings.dtype in MODEL_DTYPES:
+        return embeddings.dtype
+    return torch.bfloat16
+
+
+def _scalars(plan: Plan, shards: Shards, problems: Problems) -> dict[str, torch.Tensor]:
+    """Every scalar scale of the quantised layers; activation and cache scales go on record."""
+    record = plan.quantization
+    kinds = {"input_scale": record.input_scales, "k_scale": record.kv_scales,
+             "v_scale": record.kv_scales}  # fmt: skip
+    scalars = {}
+    for name, tensor in plan.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if not is_scale(name) or math.prod(tensor.shape) != 1 or tensor.dtype != torch.float32:
+            continue
+        scalars[name] = shards.read(tensor).reshape(())
+        value = scalars[name].item()
+        if not (math.isfinite(value) and value >= 0):
+            problems.add(f"{tensor.name}: is {value}, expected a finite number >= 0")
+        if leaf in kinds:
+            kinds[leaf][module] = value
+    return scalars
+
+
+def _fill(
+    model: NemotronH,
+    plan: Plan,
+    shards: Shards,
+    scalars: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    """Replace every meta tensor of the model by storage and read the checkpoint into it."""
+    meta = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in meta.items()}
+    if shapes != plan.shapes:
+        differ = sorted(set(shapes.items()) ^ set(plan.shapes.items()))
+        raise RuntimeError(f"the model and its list of tensor names disagree: {differ[:10]}")
+    model.quantization, model.file_dtypes = plan.quantization, {}
+    filled: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for source in plan.sources:
+            target, index = source.target, source.index
+            stored = plan.dtype if source.algorithm else source.tensor.dtype
+            if target not in filled:
+                kept = dtype or stored
+                if names.is_wide(target):
+                    kept = torch.promote_types(kept, torch.float32)
+                filled[target] = torch.empty_like(meta[target], dtype=kept, device=device)
+                _assign(model, target, filled[target])
+                model.file_dtypes[target] = (kept, stored)
+            into = filled[target] if index is None else filled[target][index]
+            into.copy_(_value(source, plan, shards, scalars))
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # counters, which are not part of a checkpoint
+            _assign(model, name, torch.zeros_like(buffer, device=device))
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        value = nn.Parameter(value, requires_grad=module._parameters[leaf].requires_grad)
+    setattr(module, leaf, value)
+
+
+def _value(
+    source: Source, plan: Plan, shards: Shards, scalars: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    weight, scale = shards.read(source.tensor), f"{source.module}.weight_scale"
+    if source.algorithm is None:
+        return weight
+    if source.algorithm == "FP8":
+        return nemokernels.dequantize_fp8(weight, scalars[scale], dtype=plan.dtype)
+    blocks = shards.read(plan.tensors[scale])
+    return nemokernels.dequantize_nvfp4(weight, blocks, scalars[scale + "_2"], dtype=plan.dtype)

@@ -1,0 +1,127 @@
+"""Names, shapes and dtypes of the tensors in a published ``nemotron_h`` checkpoint.
+
+H hidden, V vocabulary, E experts. The module names, and all tensor names but the experts', are also
+those of the model in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# In memory these are at least float32, whatever the model's dtype is.
+WIDE_LEAVES = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
+
+_EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>up_proj|down_proj)\.weight")
+_LINEAR = re.compile(
+    r"(?:lm_head|.*\.(?:in_proj|out_proj|[qkvo]_proj|up_proj|down_proj|fc[12]_latent_proj|eh_proj))"
+)
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def is_wide(name: str) -> bool:
+    """Whether the tensor of this name is at least float32 in memory."""
+    return name.endswith(tuple("." + leaf for leaf in WIDE_LEAVES))
+
+
+def published_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """Dtype in a file made from scratch: the model's, but float32 for the routers' biases."""
+    return torch.float32 if name.endswith(".e_score_correction_bias") else model_dtype
+
+
+def is_linear(module: str) -> bool:
+    """Whether the module of this name is a linear layer, the only kind that is ever quantised."""
+    return _LINEAR.fullmatch(module) is not None
+
+
+def stacked(name: str) -> tuple[str, int] | None:
+    """``...experts.3.up_proj.weight`` -> (``...experts.up_proj``, 3); None for all other names."""
+    match = _EXPERT.fullmatch(name)
+    return (f"{match['stack']}.{match['leaf']}", int(match["index"])) if match else None
+
+
+def unstacked(name: str, index: int) -> str:
+    """``...experts.up_proj`` and 3 -> ``...experts.3.up_proj.weight``."""
+    stack, leaf = name.rsplit(".", 1)
+    return f"{stack}.{index}.{leaf}.weight"
+
+
+def is_stack(name: str) -> bool:
+    """Whether this is the in-memory name of a stack of experts."""
+    return name.endswith((".experts.up_proj", ".experts.down_proj"))
+
+
+def tensor_count(config) -> int:
+    """How many tensors :func:`tensor_shapes` yields, without making them."""
+    moe = 4 + 2 * (config.n_routed_experts or 0) + 2 * (config.moe_latent_size is not None)
+    mixer = {"M": 8, "*": 4, "-": 2, "E": moe}
+    layers = sum(1 + mixer[letter] for letter in config.pattern + config.mtp_pattern)
+    return layers + 3 + 4 * bool(config.mtp_pattern)
+
+
+def tensor_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every stored tensor, in the order of the layers."""
+    H, V = config.hidden_size, config.vocab_size
+    yield "backbone.embeddings.weight", (V, H)
+    for index, letter in enumerate(config.pattern):
+        yield f"backbone.layers.{index}.norm.weight", (H,)
+        yield from _mixer(config, letter, f"backbone.layers.{index}.mixer")
+    yield "backbone.norm_f.weight", (H,)
+    yield "lm_head.weight", (V, H)
+    last = len(config.mtp_pattern) - 1
+    for index, letter in enumerate(config.mtp_pattern):
+        prefix = f"mtp.layers.{index}"
+        if index == 0:
+            yield f"{prefix}.enorm.weight", (H,)
+            yield f"{prefix}.hnorm.weight", (H,)
+            yield f"{prefix}.eh_proj.weight", (H, 2 * H)
+        yield f"{prefix}.norm.weight", (H,)
+        yield from _mixer(config, letter, f"{prefix}.mixer")
+        if index == last:
+            yield f"{prefix}.final_layernorm.weight", (H,)
+
+
+def _mixer(config, letter: str, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    H = config.hidden_size
+    if letter == "M":
+        heads = config.mamba_num_heads
+        inner, channels = config.d_inner, config.conv_dim
+        yield f"{prefix}.in_proj.weight", (inner + channels + heads, H)
+        yield f"{prefix}.conv1d.weight", (channels, 1, config.conv_kernel)
+        yield f"{prefix}.conv1d.bias", (channels,)
+        for leaf in ("A_log", "D", "dt_bias"):
+            yield f"{prefix}.{leaf}", (heads,)
+        yield f"{prefix}.norm.weight", (inner,)
+        yield f"{prefix}.out_proj.weight", (H, inner)
+    elif letter == "*":
+        q = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        for leaf, shape in zip("qkvo", ((q, H), (kv, H), (kv, H), (H, q))):
+            yield f"{prefix}.{leaf}_proj.weight", shape
+    elif letter == "-":
+        yield from _mlp(prefix, H, config.intermediate_size)
+    else:
+        E, latent = config.n_routed_experts, config.moe_latent_size
+        yield f"{prefix}.gate.weight", (E, H)
+        yield f"{prefix}.gate.e_score_correction_bias", (E,)
+        for expert in range(E):
+            yield from _mlp(f"{prefix}.experts.{expert}", latent or H, config.moe_intermediate_size)
+        shared = config.moe_shared_expert_intermediate_size
+        yield from _mlp(f"{prefix}.shared_experts", H, shared)
+        if latent is not None:
+            yield f"{prefix}.fc1_latent_proj.weight", (latent, H)
+            yield f"{prefix}.fc2_latent_proj.weight", (H, latent)
+
+
+def _mlp(prefix: str, width: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.up_proj.weight", (inner, width)
+    yield f"{prefix}.down_proj.weight", (width, inner)

@@ -1,0 +1,130 @@
+"""Saving a model as a checkpoint folder in the Hugging Face layout, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from nemokernels.models import names
+from nemokernels.models.files import CONFIG, INDEX, SINGLE, CheckpointError
+from nemokernels.models.nemotron_h import NemotronH
+
+
+def save_pretrained(
+    model: NemotronH, folder: str | os.PathLike, *, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write ``config.json`` and safetensors shards that Hugging Face transformers reads too.
+
+    A tensor that still has the dtype it was loaded in is written in its file's dtype, so that
+    loading and saving reproduces every byte; all others are written in the embeddings' dtype,
+    correction biases in float32. A model from a quantised checkpoint is written dequantised.
+    Everything is written beside ``folder``, flushed to the disk and renamed at once: a folder that
+    exists is complete.
+
+    Args:
+        model: any ``NemotronH`` that is not on meta.
+        folder: created, with its parents; it may exist if it is empty.
+        max_shard_bytes: a shard is closed before it would exceed this; a larger tensor has its own.
+
+    Raises:
+        CheckpointError: the folder is not empty, or cannot be written.
+        ValueError: the model is on meta, or max_shard_bytes is not positive.
+    """
+    folder = Path(os.path.abspath(folder))
+    if max_shard_bytes <= 0:
+        raise ValueError(f"save_pretrained: `max_shard_bytes` must be > 0, got {max_shard_bytes}")
+    if any(value.is_meta for value in model.state_dict().values()):
+        raise ValueError("save_pretrained: the model is on meta and has no values to write")
+    staging = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.incomplete"
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: exists and is not an empty folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        _write(model, staging, max_shard_bytes)
+        _sync(staging)
+        os.rename(staging, folder)  # atomic; onto an empty folder too
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class Output(NamedTuple):
+    """One tensor to write: published name, values in memory, dtype in the file."""
+
+    name: str
+    value: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.numel() * self.dtype.itemsize
+
+
+def _write(model: NemotronH, folder: Path, max_shard_bytes: int) -> None:
+    outputs = _outputs(model)
+    shards: list[list[Output]] = []
+    room = 0
+    for output in outputs:
+        if not shards or output.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(output)
+        room -= output.nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE if len(shards) == 1 else file
+        values = {o.name: o.value.detach().to("cpu", o.dtype).contiguous() for o in shard}
+        save_file(values, folder / file, metadata={"format": "pt"})
+        _sync(folder / file)
+        weight_map |= dict.fromkeys(values, file)
+    if len(shards) > 1:
+        total = sum(output.nbytes for output in outputs)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    data = model.config.to_dict()
+    data.pop("torch_dtype", None)  # the old spelling of `dtype`
+    data["dtype"] = str(outputs[0].dtype).removeprefix("torch.")
+    _write_json(folder / CONFIG, data)
+
+
+def _outputs(model: NemotronH) -> list[Output]:
+    state = model.state_dict()
+    loaded = getattr(model, "file_dtypes", {})
+    default = state["backbone.embeddings.weight"].dtype
+    outputs = []
+    for name, shape in names.tensor_shapes(model.config):
+        target, index = names.stacked(name) or (name, None)
+        value = state[target] if index is None else state[target][index]
+        if tuple(value.shape) != shape:
+            raise RuntimeError(f"{target}: the model holds {tuple(value.shape)}, expected {shape}")
+        in_memory, in_file = loaded.get(target, (None, None))
+        dtype = in_file if value.dtype == in_memory else names.published_dtype(name, default)
+        outputs.append(Output(name, value, dtype))
+    return outputs
+
+
+def _write_json(path: Path, data: dict) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
