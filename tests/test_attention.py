@@ -140,6 +140,22 @@ def test_probabilities_meet_v_in_its_dtype():
     assert attention(q.float(), k.float(), v.float(), scale=1.0)[0, 1].item() > 0.0
 
 
+def test_backward_rounds_p_and_ds_before_their_products():
+    """Two heads whose p, and ds, differ by less than a bf16 step and whose sums cancel."""
+    q = torch.tensor([[0.0, 1.0], [0.5, 1.0]]).expand(1, 2, 2, 2)
+    k = torch.tensor([[0.0, 0.0], [0.1, 0.0]]).view(1, 2, 1, 2)
+    v = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).view(1, 2, 1, 2)
+    dout = torch.zeros(1, 2, 2, 2)
+    dout[0, 1, :, 0] = torch.tensor([1.0, -1.0])
+    p_dout = q.new_tensor([0.0, 0.004]).view(1, 2, 1, 1) * k.new_tensor([1.0, 0.0])
+    fn = lambda *args: attention(*args, scale=1.0)  # noqa: E731
+    low = [t.bfloat16() for t in (q, k, v, dout)]
+    for args, exact in ((low, False), ([t.float() for t in low], True)):
+        _, (_, dk, _) = testing.gradients(fn, args[:3], args[3:])
+        _, (_, _, dv) = testing.gradients(fn, [args[0], p_dout.to(args[0]), args[2]], args[3:])
+        assert (dk[0, 1, 0, 1] != 0) == exact and (dv[0, 1, 0, 0] != 0) == exact
+
+
 def pieces(args, bounds=BOUNDS):
     return [[t[:, a:b] for t in args] for a, b in zip(bounds.tolist(), bounds[1:].tolist())]
 
