@@ -18,14 +18,18 @@ from nemokernels.ops.fp8 import (
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
 from nemokernels.ops.moe_experts import moe_experts
 from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
+from nemokernels.ops.mtp_verify import Verdict, mtp_verify
 from nemokernels.ops.relu2 import relu2
 from nemokernels.ops.rms_norm import rms_norm
 from nemokernels.ops.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from nemokernels.ops.state_update import selective_state_update
+from nemokernels.patch import patch_transformers
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Route",
+    "Verdict",
     "attention",
     "attention_with_cache",
     "backends",
@@ -42,10 +46,13 @@ __all__ = [
     "mamba_split_conv1d_scan_combined",
     "moe_experts",
     "moe_route",
+    "mtp_verify",
+    "patch_transformers",
     "quantize_fp8",
     "relu2",
     "rms_norm",
     "rmsnorm_fn",
+    "selective_state_update",
     "update_correction_bias",
     "use_backend",
 ]

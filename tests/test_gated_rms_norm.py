@@ -124,6 +124,22 @@ def test_nan_stays_in_its_group():
     assert out[hit].isnan().all() and torch.equal(out[~hit], clean[~hit])
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_row_does_not_depend_on_its_batch(before):
+    x, weight, bias, z = inputs(31, width=15, dtype=torch.float32)
+    dy = torch.randn_like(x)
+
+    def run(rows):
+        fn = lambda x, z: rmsnorm_fn(x, weight, bias, z, 1e-5, 5, before)  # noqa: E731
+        out, grads = testing.gradients(fn, [x[rows], z[rows]], [dy[rows]])
+        return out + grads
+
+    whole = run(slice(None))
+    for row in range(31):
+        for alone, batched in zip(run([row]), whole):
+            assert torch.equal(alone[0], batched[row])
+
+
 def test_defaults_are_those_of_the_drop_in_name():
     x, weight, bias, z = inputs(3)
     want = plain(x, weight, bias, z, 1e-6, None, True)

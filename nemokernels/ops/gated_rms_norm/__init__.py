@@ -59,8 +59,8 @@ def rmsnorm_fn(
             check_tensor(fn, name, value, shape=(width,), dims="(D,)", dtypes=FLOATS, device=device)
     if z is not None:
         check_tensor(fn, "z", z, shape=x.shape, dims="the shape of x", dtypes=FLOATS, device=device)
-    check(fn, eps >= 0, f"`eps` must not be negative, got {eps}")
+    check(fn, eps >= 0, "`eps` must not be negative, got {}", eps)
     group = width if group_size is None else group_size
     check(fn, width == 0 or (group > 0 and width % group == 0),
-          f"`group_size` is {group}, expected a divisor of the last axis ({width})")  # fmt: skip
+          "`group_size` is {}, expected a divisor of the last axis ({})", group, width)  # fmt: skip
     return op.gated_rms_norm(x, weight, bias, z, eps, max(group, 1), norm_before_gate)[0]
