@@ -7,10 +7,13 @@ renamed, so a folder without that ending is complete. A different number of rank
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 _FORMAT = 1
 _COMPLETE = re.compile(r"step-(\d{8})")
@@ -73,11 +77,12 @@ def save(
             shutil.rmtree(leftover)
         staging.mkdir(parents=True)
     _barrier()
-    dcp.save(
-        tensors(module, optimizer),
-        storage_writer=HuggingFaceStorageWriter(str(staging), save_distributed=True),
-        no_dist=not dist.is_initialized(),
-    )
+    with _single_process_is_meant():
+        dcp.save(
+            tensors(module, optimizer),
+            storage_writer=HuggingFaceStorageWriter(str(staging), save_distributed=True),
+            no_dist=not dist.is_initialized(),
+        )
     _barrier()
     if _rank() == 0:
         with open(staging / "state.json", "w") as file:
@@ -116,17 +121,26 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.AdamW, facts: dic
         )
     found = tensors(module, optimizer)
     try:
-        dcp.load(
-            found,
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            no_dist=not dist.is_initialized(),
-        )
-    except Exception as error:  # DCP wraps whatever went wrong on any rank; all of it is fatal
+        with _single_process_is_meant():
+            dcp.load(
+                found,
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                no_dist=not dist.is_initialized(),
+            )
+    except (Exception, CheckpointException) as error:  # whatever failed, on whichever rank
         raise ResumeError(f"{path} cannot be loaded: {error}") from error
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["step"] = torch.tensor(float(step))
     return step
+
+
+@contextlib.contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """DCP warns, without a process group, that it assumes a single process. That is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _rank() -> int:

@@ -13,6 +13,7 @@ What is sharded how, openly:
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -48,14 +49,17 @@ def shard(
 ) -> None:
     """``fully_shard`` every unit, then the root, over all ranks. Gradients are sums, not means:
     the loss is already divided by the global number of tokens."""
+    # A layer's output is a view where F.linear makes one; nothing here writes into it.
+    warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    whole = {p for name, p in root.named_parameters() if is_whole(name)}
+    whole = [p for name, p in root.named_parameters() if is_whole(name)]
     for module in (*units, root):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     for parameter in whole:
         dist.broadcast(parameter.data, src=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Trainer:
         )
 
     def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout; rank 0 writes, all ranks take part."""
+        """Write the model in Hugging Face layout, replacing what is there. Rank 0 writes."""
         full = {}
         for name, tensor in self.model.state_dict().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -156,7 +157,11 @@ class Trainer:
         if self.rank == 0:
             copy = NemotronH(self.model.config, device="meta", dtype=torch.float32)
             copy.load_state_dict(full, assign=True)
-            save_pretrained(copy, folder)
+            fresh = folder.with_name(folder.name + ".new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            save_pretrained(copy, fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
         if dist.is_initialized():
             dist.barrier()
 
@@ -174,16 +179,7 @@ class Trainer:
             FloatingPointError: a gradient is not finite on some rank; no weight has changed.
         """
         started, s = time.perf_counter(), self.settings
-        micro = list(self._micro_batches())
-        counts = [self.objective.label_counts(batch) for batch in micro]
-        (totals,) = parallel.all_sum(sum(counts))
-        losses = torch.zeros_like(totals)
-        for batch in micro:
-            # FSDP reduces after every micro-batch: holding back would keep whole gradients around.
-            loss, terms = self.objective(batch, totals.clamp(min=1))
-            loss.backward()
-            losses += terms
-        parallel.sum_whole_gradients(self.objective.parameters())
+        losses, tokens = self.backward()
         norm = optim.clip_gradients(self.objective.parameters(), s.clip)
         lr = wsd(
             self.step, steps=s.steps, warmup=s.warmup, decay=s.decay, peak=s.lr, floor=s.min_lr
@@ -193,11 +189,24 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         load = self._balance()
-        tokens = torch.tensor(float(sum(b.tokens.numel() for b in micro)), device=self.device)
-        parallel.all_sum(losses, tokens)
         self.step += 1
         seconds = time.perf_counter() - started
-        return Report(self.step, losses.tolist(), lr, norm, int(tokens), seconds, load)
+        return Report(self.step, losses, lr, norm, tokens, seconds, load)
+
+    def backward(self) -> tuple[list[float], int]:
+        """Fill every gradient for the global batch of ``self.step``; return losses and tokens."""
+        micro = list(self._micro_batches())
+        (totals,) = parallel.all_sum(sum(self.objective.label_counts(batch) for batch in micro))
+        losses = torch.zeros_like(totals)
+        for batch in micro:
+            # FSDP reduces after every micro-batch: holding back would keep whole gradients around.
+            loss, terms = self.objective(batch, totals.clamp(min=1))
+            loss.backward()
+            losses += terms
+        parallel.sum_whole_gradients(self.objective.parameters())
+        tokens = torch.tensor(float(sum(b.tokens.numel() for b in micro)), device=self.device)
+        parallel.all_sum(losses, tokens)
+        return losses.tolist(), int(tokens)
 
     def _micro_batches(self) -> Iterator[Batch]:
         parts = self.settings.micro_batches

@@ -1,0 +1,47 @@
+"""Run under torchrun: train a step sharded, write what the test compares. Not a test itself."""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from nemokernels.train.trainer import Trainer
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().contiguous()
+
+
+def main(out, mode):
+    settings = tiny.settings()
+    t = Trainer(tiny.model(dtype=torch.float32), tiny.batches(settings), settings, out / "run")
+    first = t.rank == 0
+    if mode == "resume":
+        assert t.resume() == 3
+    else:
+        t.backward()
+        grads = {name: whole(p.grad) for name, p in t.objective.named_parameters()}
+        sharded = [n for n, p in t.objective.named_parameters() if isinstance(p, DTensor)]
+        if first:
+            save_file(grads, out / "grads.safetensors")
+            (out / "sharded.txt").write_text("\n".join(sharded))
+        t.optimizer.zero_grad()
+        for router in t.model.routers():
+            router.expert_counts.zero_()
+        for _ in range(3):
+            t.train_step()
+        t.save()
+    state = {name: whole(p) for name, p in t.objective.state_dict().items()}
+    if first:
+        save_file(state, out / f"{mode}.safetensors")
+    t.export(out / f"model-{mode}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2])

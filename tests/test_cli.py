@@ -1,0 +1,135 @@
+"""The command line: what a user types, what they see when it is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+import nemokernels
+from nemokernels.models import save_pretrained
+from nemokernels.train import cli, demo
+from nemokernels.train.log import Log, read
+from nemokernels.train.trainer import Report
+
+
+def run(capsys, *args):
+    code = cli.main([str(a) for a in args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model in Hugging Face layout, and text to train on."""
+    path = tmp_path_factory.mktemp("cli")
+    save_pretrained(tiny.model(dtype=torch.float32), path / "model")
+    tiny.tokenizer().save(str(path / "model" / "tokenizer.json"))
+    (path / "text.txt").write_text("\n".join(tiny.TEXTS))
+    return path
+
+
+def test_env_json_names_every_op(capsys):
+    code, out, _ = run(capsys, "env", "--json")
+    data = json.loads(out)
+    assert code == 0 and data["nemokernels"] == nemokernels.__version__
+    assert {"ssd", "causal_conv1d", "moe_experts", "rms_norm"} <= set(data["ops"])
+    for entry in data["ops"].values():
+        assert entry["chosen"] and all(entry["rejected"].values())
+
+
+def test_env_and_selftest_print_every_op(capsys):
+    code, out, _ = run(capsys, "env")
+    assert code == 0 and "causal_conv1d" in out and "compiled library" in out
+    code, out, _ = run(capsys, "selftest")
+    assert code == 0 and "passed" in out and "failed" not in out
+
+
+def test_help_reads_without_a_model(capsys):
+    for command in ((), ("train",), ("generate",), ("demo",)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--help"])
+        assert stop.value.code == 0
+    assert "--speculate" not in capsys.readouterr().err
+
+
+def test_train_then_generate(capsys, folder, tmp_path):
+    args = ["--model", folder / "model", "--data", folder / "text.txt", "--out", tmp_path / "run"]
+    sizes = ["--steps", 3, "--seq-len", 32, "--windows", 2, "--save-every", 2]
+    code, out, err = run(capsys, "train", *args, *sizes)
+    assert code == 0, err
+    assert (tmp_path / "run/loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert [r.step for r in read(tmp_path / "run/log.jsonl")] == [1, 2, 3]
+    code, out, err = run(capsys, "train", *args, *sizes[2:], "--steps", 4)  # a rerun continues
+    assert code == 0, err
+    assert [r.step for r in read(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4]
+    ask = [tmp_path / "run/model", "--prompt", "item", "the", "--max-new-tokens", 5, "--json"]
+    code, out, err = run(capsys, "generate", *ask, "--speculate", 2)
+    answer = json.loads(out)
+    assert code == 0 and len(answer["texts"]) == 2 and answer["drafted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "/absent", "--prompt", "x"], "/absent"),
+        (["train", "--model", "/absent.json", "--data", "{f}/text.txt", "--out", "{t}/o",
+          "--steps", "1"], "tokenizer"),
+        (["train", "--model", "no-such-variant", "--data", "{f}/text.txt", "--out", "{t}/o",
+          "--steps", "1", "--tokenizer", "{f}/model/tokenizer.json"], "no-such-variant"),
+        (["train", "--model", "{f}/model", "--data", "/absent", "--out", "{t}/o", "--steps", "1"],
+         "/absent: no such file or folder"),
+        (["train", "--model", "{f}/model", "--data", "{f}/text.txt", "--out", "{t}/o",
+          "--steps", "0"], "steps must be at least 1"),
+        (["train", "--model", "{f}/model", "--data", "{t}/latin1", "--out", "{t}/o", "--steps",
+          "1"], "not UTF-8"),
+        (["train", "--model", "{f}/model", "--data", "{f}/text.txt", "--out", "{t}/latin1/o",
+          "--steps", "1", "--seq-len", "32", "--windows", "2"], "latin1"),
+        (["train", "--model", "{f}/model", "--data", "{f}/text.txt", "--out", "{t}/o", "--steps",
+          "1", "--tokenizer", "{f}/text.txt"], "not a tokenizer.json"),
+        (["demo", "--data", "/absent", "--out", "{t}/o"], "/absent: no such file or folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(capsys, folder, tmp_path, args, message):
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    args = [a.format(f=folder, t=tmp_path) for a in args]
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert err.startswith("nemokernels: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_console_script_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "nemokernels.train.cli", "generate", "/absent", "--prompt", "x"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def report(step, loss):
+    return Report(step, [loss, loss + 1], 1e-3, 1.0, 64, 0.5, 1.0)
+
+
+def test_demo_verdicts_can_fail():
+    good = {"tokens": [[1, 2]], "drafted": 9, "mean_accepted_length": 1.8}
+    reports = [report(1, 8.0), report(2, 4.0)]
+    assert all(demo.verdicts(reports, good, good).values())
+    weak = [report(1, 8.0), report(2, 5.7)]
+    assert not all(demo.verdicts(weak, good, good).values())
+    for change in (dict(drafted=0), dict(mean_accepted_length=1.3), dict(tokens=[[1, 3]])):
+        assert not all(demo.verdicts(reports, good, {**good, **change}).values())
+
+
+def test_log_drops_what_a_lost_checkpoint_had_written(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with Log(path, step=0, steps=3, show=True) as log:
+        for step in (1, 2, 3):
+            log(report(step, 1.0))
+    path.write_text(path.read_text() + '{"step": 4, "los')
+    with Log(path, step=2, steps=3, show=True) as log:
+        log(report(3, 0.5))
+    assert [(r.step, r.losses[0]) for r in read(path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
