@@ -1,0 +1,265 @@
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from nemokernels import current_scale, delayed_scaling_update, fp8_linear, testing
+
+KINDS = {
+    "e4m3": (ml_dtypes.float8_e4m3fn, np.float32(448)),
+    "e5m2": (ml_dtypes.float8_e5m2, np.float32(57344)),
+}
+
+
+def fake_quantized(x, scale, format):
+    """The value of x after 8 bits, float64: rounding by ml_dtypes, scale divided out exactly."""
+    kind, limit = KINDS[format]
+    values = x.detach().float().numpy()
+    amax = np.abs(values).max(initial=0)
+    if scale is None:
+        scale = limit / amax if amax else np.float32(1)
+    codes = np.clip(values * np.float32(scale), -limit, limit).astype(kind)
+    inverse = np.float32(1) / np.float32(scale)
+    return torch.from_numpy(codes.astype(np.float64)) * float(inverse)
+
+
+def plain(x, weight, bias, dy, scales=(None, None, None), grad_format="e5m2"):
+    """y, dx, dweight, dbias in float64: one dense product of quantised operands each."""
+    k, n = weight.shape[1], weight.shape[0]
+    xq = fake_quantized(x.reshape(-1, k), scales[0], "e4m3")
+    wq = fake_quantized(weight, scales[1], "e4m3")
+    dyq = fake_quantized(dy.reshape(-1, n), scales[2], grad_format)
+    y = torch.einsum("mk,nk->mn", xq, wq) + (0 if bias is None else bias.detach().double())
+    dx, dw = torch.einsum("mn,nk->mk", dyq, wq), torch.einsum("mn,mk->nk", dyq, xq)
+    return y.reshape(dy.shape), dx.reshape(x.shape), dw, dy.reshape(-1, n).double().sum(0)
+
+
+def low(x, weight, bias, dy, scales=(None, None, None), grad_format="e5m2"):
+    """The same in the dtype of x: operands dequantised to float32, one cast at the end."""
+    exact = plain(x, weight, bias, dy, scales, grad_format)
+    k, n = weight.shape[1], weight.shape[0]
+    xq = fake_quantized(x.reshape(-1, k), scales[0], "e4m3").float()
+    wq = fake_quantized(weight, scales[1], "e4m3").float()
+    dyq = fake_quantized(dy.reshape(-1, n), scales[2], grad_format).float()
+    y = xq @ wq.t() + (0 if bias is None else bias.detach().float())
+    outs = (y, dyq @ wq, dyq.t() @ xq, dy.reshape(-1, n).float().sum(0))
+    kinds = (x.dtype, x.dtype, weight.dtype, weight.dtype)
+    return [o.reshape(e.shape).to(kind) for o, e, kind in zip(outs, exact, kinds)]
+
+
+def run(x, weight, bias, dy, **options):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = fp8_linear(*leaves, **options)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def sample(m, n, k, dtype):
+    x, weight = torch.randn(m, k).to(dtype), (torch.randn(n, k) / 8).to(dtype)
+    return x, weight, torch.randn(n).to(dtype), (torch.randn(m, n) * 1e-3).to(dtype)
+
+
+def as_scales(values):
+    names = ("x_scale", "w_scale", "dy_scale")
+    return {n: torch.tensor([v]) for n, v in zip(names, values) if v is not None}
+
+
+CASES = [(None, None, None), (50.0, 300.0, 1e6), (None, 7.0, None), (1e4, 1.0, 3.0)]
+
+
+@pytest.mark.parametrize("scales", CASES)
+@pytest.mark.parametrize("grad_format", KINDS)
+@pytest.mark.parametrize("shape", [(16, 32, 64), (7, 5, 33), (1, 1, 1)])
+def test_fp64_equals_dense_products_of_quantised_operands(shape, grad_format, scales):
+    args = sample(*shape, torch.float64)
+    got = run(*args, grad_format=grad_format, **as_scales(scales))
+    want = plain(*args, scales, grad_format)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales", CASES[:2])
+def test_low_precision(dtype, scales):
+    args = sample(40, 24, 96, dtype)
+    got = run(*args, **as_scales(scales))
+    names = ("y", "dx", "dweight", "dbias")
+    for g, w, l, name in zip(got, plain(*args, scales), low(*args, scales), names):
+        assert g.dtype == dtype
+        testing.assert_matches(g, w, l, name)
+
+
+def test_quantisation_is_the_identity_in_the_gradient():
+    """On operands that 8 bits hold exactly, everything equals torch's own linear layer."""
+    x = torch.randint(-8, 9, (6, 12)).double()
+    weight = torch.randint(-8, 9, (5, 12)).double() / 8
+    bias, dy = torch.randn(5).double(), 2.0 ** torch.randint(-6, 7, (6, 5)).double()
+    got = run(x, weight, bias, dy, **as_scales((1.0, 8.0, 4.0)))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = torch.nn.functional.linear(*leaves)
+    for g, w in zip(got, [y, *torch.autograd.grad(y, leaves, dy)]):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_use_the_format_asked_for():
+    """3.25 survives E4M3 (3 mantissa bits) and not E5M2 (2 bits)."""
+    x, weight, dy = torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 3.25)
+    for grad_format, want in (("e4m3", 3.25), ("e5m2", 3.0)):
+        scales = as_scales((1.0, 1.0, 1.0))
+        _, dx, dw = run(x, weight, None, dy, grad_format=grad_format, **scales)
+        assert dx.item() == dw.item() == want
+
+
+def test_each_input_alone_can_need_a_gradient():
+    x, weight, bias, dy = sample(6, 5, 8, torch.float32)
+    _, dx, dw, db = run(x, weight, bias, dy)
+    for which, want in enumerate((dx, dw, db)):
+        leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate((x, weight, bias))]
+        (got,) = torch.autograd.grad(fp8_linear(*leaves), leaves[which], dy)
+        assert torch.equal(got, want)
+    with torch.no_grad():
+        assert not fp8_linear(x.requires_grad_(), weight).requires_grad
+
+
+def test_operator_refuses_a_gradient_it_kept_nothing_for():
+    x, weight, _, dy = sample(6, 5, 8, torch.float32)
+    op = torch.ops.nemokernels.fp8_linear
+    y = op(x.requires_grad_(), weight, None, *[None] * 4, torch.float8_e5m2, False, False)[0]
+    with pytest.raises(RuntimeError, match="`x` needs a gradient"):
+        y.backward(dy)
+
+
+def test_amaxes_reach_their_slots():
+    x, weight, _, dy = sample(6, 5, 8, torch.float32)
+    history = torch.zeros(2, 4, 3)
+    slots = dict(zip(("x_amax", "w_amax", "dy_amax"), history[0, 0]))
+    run(x, weight, None, dy, **slots)
+    want = torch.stack([t.abs().max() for t in (x, weight, dy)])
+    assert torch.equal(history[0, 0], want)
+    run(x * 0.5, weight * 2, None, dy * 0.5, **slots)
+    assert torch.equal(history[0, 0], want * torch.tensor([1.0, 2.0, 1.0]))
+    assert not history[0, 1:].any() and not history[1].any()
+
+
+def test_two_forwards_before_their_backwards_share_a_slot():
+    x, weight, _, dy = sample(6, 5, 8, torch.float32)
+    slot = torch.zeros(1)
+    x.requires_grad_()
+    a, b = (fp8_linear(x, weight, dy_amax=slot) for _ in range(2))
+    b.backward(dy)
+    a.backward(dy * 3)
+    assert slot == (dy * 3).abs().max()
+
+
+def test_delayed_scaling_settles_on_the_current_scale():
+    x, weight, _, dy = sample(20, 12, 16, torch.float32)
+    fwd, fwd_history = torch.ones(2), torch.zeros(3, 2)
+    bwd, bwd_history = torch.ones(1), torch.zeros(3, 1)
+    for _ in range(2):
+        got = run(x, weight, None, dy, x_scale=fwd[:1], w_scale=fwd[1:], dy_scale=bwd,
+                  x_amax=fwd_history[0, 0], w_amax=fwd_history[0, 1],
+                  dy_amax=bwd_history[0])  # fmt: skip
+        delayed_scaling_update(fwd, fwd_history)
+        delayed_scaling_update(bwd, bwd_history, format="e5m2")
+    assert torch.equal(fwd, torch.stack([current_scale(x), current_scale(weight)]))
+    assert torch.equal(bwd[0], current_scale(dy, format="e5m2"))
+    for g, w in zip(got, run(x, weight, None, dy)):
+        assert torch.equal(g, w)
+
+
+def test_backward_reads_the_scale_as_it_then_is():
+    x, weight, dy = torch.ones(1, 1), torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 1.0)
+    dy_scale = torch.ones(1)
+    y = fp8_linear(x, weight, x_scale=torch.ones(1), dy_scale=dy_scale)
+    dy_scale.fill_(2.0**20)
+    y.backward(dy)
+    assert weight.grad.item() == 57344 / 2.0**20
+
+
+def test_compiled_with_slots():
+    def step(x, weight, forward, backward):
+        return fp8_linear(x, weight, x_amax=forward[0], w_amax=forward[1], dy_amax=backward)
+
+    x, weight, _, dy = sample(6, 5, 8, torch.float32)
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves, slots = (
+            [x.clone().requires_grad_(), weight.clone().requires_grad_()],
+            torch.zeros(2),
+        )
+        dy_slot = torch.zeros(())
+        for factor in (1.0, 3.0):
+            y = fn(*leaves, slots, dy_slot)
+            grads = torch.autograd.grad(y, leaves, dy * factor)
+        results.append([y, *grads, slots, dy_slot])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert results[1][-1] == (dy * 3).abs().max()
+
+
+def test_any_strides_and_leading_axes():
+    x = torch.randn(4, 3, 16).permute(1, 0, 2)
+    weight = torch.randn(16, 6).t()
+    dy = torch.randn(6, 3, 4).permute(1, 2, 0)
+    got = run(x, weight, None, dy)
+    want = run(x.contiguous(), weight.contiguous(), None, dy.contiguous())
+    for g, w in zip(got, want):
+        assert g.is_contiguous() and torch.equal(g, w)
+    assert got[0].shape == (3, 4, 6)
+    assert torch.equal(fp8_linear(x[0, 0], weight), fp8_linear(x[:1, :1], weight)[0, 0])
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 8), (4, 0, 8), (4, 5, 0), (0, 0, 0)])
+def test_zero_sizes(m, n, k):
+    y, dx, dw, db = run(*sample(m, n, k, torch.float32))
+    assert (y.shape, dx.shape, dw.shape, db.shape) == ((m, n), (m, k), (n, k), (n,))
+    assert not dx.any() and not dw.any()
+
+
+def test_mixed_dtypes_and_autocast():
+    x, weight, bias, dy = sample(6, 5, 8, torch.float32)
+    y, dx, dw, db = run(x.bfloat16(), weight, bias.half(), dy.bfloat16())
+    assert (y.dtype, dx.dtype, dw.dtype, db.dtype) == (
+        torch.bfloat16, torch.bfloat16, torch.float32, torch.float16)  # fmt: skip
+    plain = fp8_linear(x.bfloat16(), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp8_linear(x, weight), plain)
+
+
+def test_tiny_gradients_survive():
+    """Gradients far below the range of any 16-bit format come through the scale."""
+    x, weight, bias, dy = sample(6, 5, 8, torch.float32)
+    _, dx, dw, _ = run(x, weight, bias, dy * 2.0**-80)
+    _, want_dx, want_dw, _ = run(x, weight, bias, dy)
+    assert torch.equal(dx * 2.0**80, want_dx) and torch.equal(dw * 2.0**80, want_dw)
+
+
+def test_nan_row_does_not_spread():
+    x, weight, bias, dy = sample(6, 5, 8, torch.float32)
+    clean = run(x, weight, bias, dy)
+    x[2, 3] = torch.nan
+    y, dx, dw, _ = run(x, weight, bias, dy)
+    rows = [0, 1, 3, 4, 5]
+    scale_moved = current_scale(x) != current_scale(torch.nan_to_num(x))
+    assert not scale_moved and y[2].isnan().all() and torch.equal(dx, clean[1])
+    assert y[rows].isfinite().all() and dw[:, 3].isnan().all() and dw[:, :3].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x=[1.0]), TypeError, "`x` must be a torch.Tensor"),
+        (dict(x=torch.ones(2, 8, dtype=torch.int64)), TypeError, "`x` is torch.int64"),
+        (dict(x=torch.tensor(1.0)), ValueError, "`x` needs at least one axis"),
+        (dict(weight=torch.ones(4, 7)), ValueError, r"`weight` has shape \(4, 7\), exp"),
+        (dict(weight=torch.ones(4, 8, device="meta")), ValueError, "`weight` is on meta"),
+        (dict(bias=torch.ones(5)), ValueError, "`bias` has shape"),
+        (dict(x_scale=2.0), TypeError, "`x_scale` must be a torch.Tensor"),
+        (dict(w_scale=torch.ones(4)), ValueError, "`w_scale` has shape"),
+        (dict(dy_scale=torch.ones(1).half()), TypeError, "`dy_scale` is torch.float16"),
+        (dict(dy_amax=torch.ones(1, requires_grad=True)), ValueError, "`dy_amax` requires a grad"),
+        (dict(x_amax=torch.ones(2)), ValueError, "`x_amax` has shape"),
+        (dict(grad_format="hybrid"), ValueError, "`grad_format` is 'hybrid'"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        fp8_linear(**{"x": torch.ones(2, 8), "weight": torch.ones(4, 8), **change})
