@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,7 +211,7 @@ def _plan(
         if name.endswith(".weight") and names.is_linear(name.removesuffix(".weight"))
     }
     layers, scales = check_layers(modules, tensors, scheme, problems)
-    dtype = _model_dtype(tensors)
+    dtype = _model_dtype(tensors[name] for name in wanted if name in tensors)
     sources = []
     for name, (target, index, shape) in wanted.items():
         module = name.removesuffix(".weight")
@@ -232,12 +234,10 @@ def _plan(
     return Plan(dtype, shapes, sources, tensors, quantization)
 
 
-def _model_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The dtype of the embeddings, which are never quantised, where it is one a model can have."""
-    embeddings = tensors.get("backbone.embeddings.weight")
-    if embeddings is not None and embeddings.dtype in MODEL_DTYPES:
-        return embeddings.dtype
-    return torch.bfloat16
+def _model_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype most matrices have, so that an odd one out is the one that is named."""
+    counts = Counter(t.dtype for t in tensors if len(t.shape) > 1 and t.dtype in MODEL_DTYPES)
+    return counts.most_common(1)[0][0] if counts else torch.bfloat16
 
 
 def _scalars(plan: Plan, shards: Shards, problems: Problems) -> dict[str, torch.Tensor]:
