@@ -47,6 +47,23 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype).to(tensor.dtype)
 
 
+# torch's sigmoid, silu and softplus round the tail of a vector differently from its body, so that a
+# token's bits would depend on where it lies in the batch; exp and log1p do not.
+def _sigmoid(v: torch.Tensor) -> torch.Tensor:
+    return 1 / (1 + torch.exp(-v))
+
+
+def _softplus(v: torch.Tensor) -> torch.Tensor:
+    return torch.where(v > SOFTPLUS_THRESHOLD, v, v.exp().log1p())
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    # torch sums in another order where a lone matrix meets a lone column; keep it from seeing one.
+    if right.shape[-1] == 1:
+        return (left @ F.pad(right, (0, 1)))[..., :1]
+    return left @ right
+
+
 def _heads_first(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """(K, L, H, ...) to (K, G, R, L, ...)."""
     return tensor.unflatten(2, (groups, -1)).movedim(1, 3).contiguous()
@@ -84,13 +101,14 @@ def _scan(
     raw = _heads_first(chunks.gather(dt, acc), groups)
     if dt_bias is not None:
         raw = raw + dt_bias.to(acc).view(groups, heads, 1)
-    soft = F.softplus(raw, threshold=SOFTPLUS_THRESHOLD) if dt_softplus else raw
+    soft = _softplus(raw) if dt_softplus else raw
     d = soft.clamp(dt_min, dt_max).masked_fill(~chunks.valid[:, None, None], 0)
     # The bound keeps the sum finite; its exponential is zero long before.
     lowest = torch.finfo(acc).min / (2 * chunk_size)
     a = (d * A.to(acc).view(groups, heads, 1)).clamp_min(lowest).cumsum(-1)
 
-    # Masks come before the exponential: an infinity behind it would turn 0 * inf into NaN.
+    # The mask comes before the exponential too: an infinity behind it would turn 0 * inf into NaN.
+    # (Filling with -inf instead takes five times as long: exp has a slow path for it.)
     sees = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
     enter, leave, decay = a.exp(), (a[..., -1:] - a).exp(), a[..., -1].exp()
     if chunks.ids is not None:
@@ -99,14 +117,14 @@ def _scan(
         enter = enter * (ids == chunks.before[:, None])[:, None, None]
         leave = leave * (ids == last[:, None])[:, None, None]
         decay = decay * (last == chunks.before)[:, None, None]
-    within = (a[..., None] - a[..., None, :]).masked_fill_(~sees, -torch.inf).exp_()
+    within = (a[..., None] - a[..., None, :]).masked_fill_(~sees, 0).exp_().masked_fill_(~sees, 0)
 
     # 2. What each chunk adds to the state.
     x_ = _heads_first(chunks.gather(x, acc), groups)
     b = chunks.gather(B, acc).transpose(1, 2).contiguous()
     c = chunks.gather(C, acc).transpose(1, 2).contiguous()
     scaled = _rounded(b[:, :, None] * (leave * d)[..., None], x.dtype)
-    added = x_.transpose(-1, -2) @ scaled
+    added = _product(x_.transpose(-1, -2), scaled)
 
     # 3. Pass states on, 4. scores.
     rows = chunks.first.shape[0]
@@ -116,13 +134,13 @@ def _scan(
         else initial_states.to(acc).reshape(rows, *added.shape[1:])
     )
     states, final = carry(start, decay, added, chunks, reverse=False)
-    scores = (c @ b.transpose(-1, -2))[:, :, None]
+    scores = _product(c, b.transpose(-1, -2))[:, :, None]
     return Scan(chunks, x_, b, c, raw, soft, d, within, enter, leave, decay, scores, states, final)
 
 
 def _from_state(s: Scan, states: torch.Tensor) -> torch.Tensor:
     """exp(a_l) * S C_l, (K, G, R, L, P): what the entering state adds to the output."""
-    product = s.c @ states.flatten(2, 3).transpose(-1, -2)
+    product = _product(s.c, states.flatten(2, 3).transpose(-1, -2))
     return _per_head(product, states.shape[2]) * s.enter[..., None]
 
 
@@ -142,15 +160,16 @@ def forward(
     s = _scan(x, dt, A, B, C, dt_bias, initial_states, seq_idx, cu_seqlens,
               chunk_size, dt_softplus, dt_min, dt_max)  # fmt: skip
     # 5. Output from inside the chunk, from the entering state, and past both.
-    y = _rounded(s.scores * s.within * s.d[..., None, :], x.dtype) @ s.x
+    y = _product(_rounded(s.scores * s.within * s.d[..., None, :], x.dtype), s.x)
     y = y + _from_state(s, _rounded(s.states, state_dtype or C.dtype))
     if D is not None:
         y = y + _skip(D, s) * s.x
     final = s.final.flatten(1, 2)
     if z is None:
         return s.chunks.scatter(_heads_last(y), x), final, x.new_empty(0)
-    gate = F.silu(_heads_first(s.chunks.gather(z, s.x.dtype), B.shape[2]))
-    out, ungated = (s.chunks.scatter(_heads_last(v), x) for v in (y * gate, y))
+    gate = _heads_first(s.chunks.gather(z, s.x.dtype), B.shape[2])
+    gated = y * gate * _sigmoid(gate)
+    out, ungated = (s.chunks.scatter(_heads_last(v), x) for v in (gated, y))
     return out, final, ungated
 
 
@@ -171,7 +190,7 @@ def backward(
     dz = dD = dbias = dinitial = absent
     if z is not None:
         gate = _heads_first(s.chunks.gather(z, acc), groups)
-        sig, y = gate.sigmoid(), _heads_first(s.chunks.gather(ungated, acc), groups)
+        sig, y = _sigmoid(gate), _heads_first(s.chunks.gather(ungated, acc), groups)
         dz = s.chunks.scatter(_heads_last(dy * y * sig * (1 + gate * (1 - sig))), z)
         dy = dy * gate * sig
     if D is not None:
@@ -181,7 +200,7 @@ def backward(
 
     # Gradients of the states: entering (S) and leaving (G) every chunk.
     seen = _rounded(dy * s.enter[..., None], x.dtype).transpose(-1, -2).flatten(2, 3)
-    dstates = (seen @ s.c).unflatten(2, (heads, -1))
+    dstates = _product(seen, s.c).unflatten(2, (heads, -1))
     end = dfinal.to(acc).reshape(s.final.shape)
     leaving, dstart = carry(end, s.decay, dstates, s.chunks, reverse=True)
     if initial_states is not None:
@@ -190,21 +209,22 @@ def backward(
     low_leaving = _rounded(leaving, state_dtype or x.dtype)
 
     # u_s = gradient of d_s * x_s: through the leaving state, and through later outputs.
-    via_state = _per_head(s.b @ low_leaving.flatten(2, 3).transpose(-1, -2), heads)
-    via_state = via_state * s.leave[..., None]
-    u = via_state + _rounded(s.scores * s.within, x.dtype).transpose(-1, -2) @ dy
+    via_state = _product(s.b, low_leaving.flatten(2, 3).transpose(-1, -2))
+    via_state = _per_head(via_state, heads) * s.leave[..., None]
+    u = via_state + _product(_rounded(s.scores * s.within, x.dtype).transpose(-1, -2), dy)
     dx = s.d[..., None] * u
     if D is not None:
         dx = dx + _skip(D, s) * dy
     dd = (u * s.x).sum(-1)
 
     # B and C: through the scores, and through the leaving and entering states.
-    inner = (dy @ s.x.transpose(-1, -2)) * s.within * s.d[..., None, :]
+    inner = _product(dy, s.x.transpose(-1, -2)) * s.within * s.d[..., None, :]
     dscores = _rounded(inner.sum(2), x.dtype)
     into_state = _per_group(s.x * (s.leave * s.d)[..., None])
     out_of_state = _per_group(dy * s.enter[..., None])
-    dB = into_state @ low_leaving.flatten(2, 3) + dscores.transpose(-1, -2) @ s.c
-    dC = out_of_state @ low_states.flatten(2, 3) + dscores @ s.b
+    dB = _product(into_state, low_leaving.flatten(2, 3))
+    dB = dB + _product(dscores.transpose(-1, -2), s.c)
+    dC = _product(out_of_state, low_states.flatten(2, 3)) + _product(dscores, s.b)
 
     # Decay of step k: it acts between every s < k <= l, where 'before the chunk' counts as s and
     # 'after the chunk' as l.
@@ -212,14 +232,14 @@ def backward(
     to_output[..., -1] += s.decay * (leaving * s.states).sum((-1, -2))
     ddecay = to_output.flip(-1).cumsum(-1).flip(-1)
     from_input = s.d * (s.x * via_state).sum(-1)
-    ddecay = ddecay + _sum_before(from_input) + _sum_before(inner * s.scores).tril().sum(-2)
+    ddecay = ddecay + _sum_before(from_input) + _sum_before(inner * s.scores).tril_().sum(-2)
     dA = (ddecay * s.d).sum((0, 3)).reshape(A.shape).to(A.dtype)
 
     ddt = dd + ddecay * A.to(acc).view(groups, heads, 1)
     acts = s.chunks.valid[:, None, None] & (s.soft >= dt_min) & (s.soft <= dt_max)
     ddt = ddt.masked_fill(~acts, 0)
     if dt_softplus:
-        ddt = torch.where(s.raw <= SOFTPLUS_THRESHOLD, ddt * s.raw.sigmoid(), ddt)
+        ddt = torch.where(s.raw <= SOFTPLUS_THRESHOLD, ddt * _sigmoid(s.raw), ddt)
     if dt_bias is not None:
         dbias = ddt.sum((0, 3)).reshape(dt_bias.shape).to(dt_bias.dtype)
     return (
