@@ -140,12 +140,14 @@ class NemotronHConfig:
         left = dict(data)
         for name, want in _FIXED.items():
             if left.get(name, want) != want:
-                raise ConfigError(f"`{name}` is {left[name]!r}; only {want!r} is supported")
+                raise ConfigError(f"`{name}` is {_show(left[name])}; only {want!r} is supported")
         for old, new in _ALIASES.items():
             if old in left:
                 value = left.pop(old)
                 if left.setdefault(new, value) != value:
-                    raise ConfigError(f"`{old}` is {value!r} but `{new}` is {left[new]!r}")
+                    raise ConfigError(
+                        f"`{old}` is {_show(value)} but `{new}` is {_show(left[new])}"
+                    )
         pattern = _pattern(left, _PATTERN_KEYS)
         if pattern is None:
             raise ConfigError(
@@ -153,7 +155,9 @@ class NemotronHConfig:
             )
         layers = left.pop("num_hidden_layers", None)
         if layers is not None and layers != len(pattern):
-            raise ConfigError(f"`num_hidden_layers` is {layers!r} but {len(pattern)} are listed")
+            raise ConfigError(
+                f"`num_hidden_layers` is {_show(layers)} but {len(pattern)} are listed"
+            )
         mtp = _pattern(left, _MTP_KEYS)
         left["hybrid_override_pattern"] = pattern
         # transformers writes the block's default layers into files of models that have none.
@@ -200,7 +204,7 @@ def _pattern(data: dict[str, object], names: tuple[str, ...]) -> str | None:
     for name in names:
         data.pop(name, None)
     if len(set(found.values())) > 1:
-        raise ConfigError("; ".join(f"`{name}` says {p!r}" for name, p in found.items()))
+        raise ConfigError("; ".join(f"`{name}` says {_show(p)}" for name, p in found.items()))
     return next(iter(found.values()), None)
 
 
@@ -208,20 +212,27 @@ def _letters(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
-        raise ConfigError(f"`{name}` must be a string or a list of words, got {value!r:.80}")
+        raise ConfigError(f"`{name}` must be a string or a list of words, got {_show(value)}")
     wrong = next((word for word in value if word not in _LETTERS), None)
     if wrong is not None:
-        raise ConfigError(f"`{name}` holds {wrong!r:.80}, expected one of {', '.join(_LETTERS)}")
+        raise ConfigError(f"`{name}` holds {_show(wrong)}, expected one of {', '.join(_LETTERS)}")
     return "".join(_LETTERS[word] for word in value)
 
 
 def _limits(value: object) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ConfigError(f"`time_step_limit` must be [low, high], got {value!r:.80}")
+        raise ConfigError(f"`time_step_limit` must be [low, high], got {_show(value)}")
     low, high = (_number(v) for v in value)
     if low is None or high is None or not 0 <= low <= high:
-        raise ConfigError(f"`time_step_limit` must be 0 <= low <= high, got {value!r:.80}")
+        raise ConfigError(f"`time_step_limit` must be 0 <= low <= high, got {_show(value)}")
     return low, high
+
+
+def _show(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits, endless nesting
+        return f"a {type(value).__name__} too long to show"
 
 
 def _number(value: object) -> float | None:
@@ -248,13 +259,13 @@ def _check_type(name: str, value: object, kind: str) -> None:
         "str": isinstance(value, str),
     }[kind]
     if not good:
-        raise ConfigError(f"`{name}` must be of type {kind}, got {value!r:.80}")
+        raise ConfigError(f"`{name}` must be of type {kind}, got {_show(value)}")
     if kind == "int":
         low = 0 if name == "num_nextn_predict_layers" else 1
         if not low <= value <= MAX_SIZE:
-            raise ConfigError(f"`{name}` must be from {low} to {MAX_SIZE}, got {value!r:.80}")
+            raise ConfigError(f"`{name}` must be from {low} to {MAX_SIZE}, got {_show(value)}")
     if kind == "float" and not 0 <= value <= 1e6:  # also refuses NaN
-        raise ConfigError(f"`{name}` must be from 0 to 1e6, got {value!r:.80}")
+        raise ConfigError(f"`{name}` must be from 0 to 1e6, got {_show(value)}")
 
 
 def _check(config: NemotronHConfig) -> None:
@@ -264,7 +275,7 @@ def _check(config: NemotronHConfig) -> None:
         ("mtp_hybrid_override_pattern", config.mtp_pattern, "*-E"),
     ):
         if set(pattern) - set(allowed):
-            raise ConfigError(f"`{name}` may hold {allowed!r}, got {pattern!r:.80}")
+            raise ConfigError(f"`{name}` may hold {allowed!r}, got {_show(pattern)}")
         if len(pattern) > MAX_LAYERS:
             raise ConfigError(f"`{name}` has {len(pattern)} layers, at most {MAX_LAYERS}")
     if not config.pattern:
@@ -288,7 +299,7 @@ def _check(config: NemotronHConfig) -> None:
         if config.mamba_ssm_cache_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(
                 "`mamba_ssm_cache_dtype` must be float32, bfloat16 or float16, got "
-                f"{config.mamba_ssm_cache_dtype!r:.80}"
+                f"{_show(config.mamba_ssm_cache_dtype)}"
             )
     if "*" in used:
         _divides(config, "num_attention_heads", "num_key_value_heads")

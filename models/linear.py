@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Linear", "exact", "linear", "row_by_row"]
+__all__ = ["Linear", "exact", "is_exact", "linear", "row_by_row"]
 
 _exact: contextvars.ContextVar[bool] = contextvars.ContextVar("exact", default=False)
 
@@ -31,11 +31,16 @@ def exact() -> Iterator[None]:
         _exact.reset(token)
 
 
-def row_by_row(fn: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """``fn(rows)`` for rows (N, D), in :func:`exact` mode one row at a time."""
-    if not _exact.get() or rows.shape[0] <= 1:
-        return fn(rows)
-    return torch.cat([fn(row) for row in rows.split(1)])
+def is_exact() -> bool:
+    """Whether this is inside :func:`exact`."""
+    return _exact.get()
+
+
+def row_by_row(fn: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+    """``fn(*rows)`` for tensors (N, D), in :func:`exact` mode one row at a time."""
+    if not _exact.get() or rows[0].shape[0] <= 1:
+        return fn(*rows)
+    return torch.cat([fn(*row) for row in zip(*(tensor.split(1) for tensor in rows))])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

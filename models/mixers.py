@@ -14,7 +14,7 @@ from torch import nn
 from nemokernels import moe_experts, moe_route, relu2, rms_norm, rmsnorm_fn
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.linear import Linear, linear, row_by_row
-from nemokernels.models.state import Run
+from nemokernels.models.runs import Run
 
 __all__ = ["MLP", "MoE", "Attention", "Mamba2", "RMSNorm", "Router"]
 
@@ -84,10 +84,13 @@ class Mamba2(Wide):
             C.unflatten(-1, groups),
             D=self.D,
             dt_bias=self.dt_bias,
-        ).flatten(-2)
-        size = c.d_inner // c.n_groups
-        y = rmsnorm_fn(y, self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False)
-        return self.out_proj(y)
+        )
+        rows = y.flatten(-2).flatten(0, -2), z.flatten(0, -2)
+        return self.out_proj(row_by_row(self._gated_norm, *rows).view(z.shape))
+
+    def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        size = self.config.d_inner // self.config.n_groups
+        return rmsnorm_fn(y, self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False)
 
 
 class Attention(nn.Module):

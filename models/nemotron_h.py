@@ -15,7 +15,8 @@ from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.init import reset_parameters
 from nemokernels.models.linear import Linear
 from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE, RMSNorm, Router
-from nemokernels.models.state import Decode, Packed, Prefill, Run, State
+from nemokernels.models.runs import Decode, Packed, Prefill, Run
+from nemokernels.models.state import State
 from nemokernels.models.variants import find_config
 
 __all__ = ["NemotronH", "build"]
@@ -118,7 +119,8 @@ class NemotronH(nn.Module):
 
     def forward(self, tokens: torch.Tensor, **context) -> torch.Tensor:
         """Logits (B, T, V) of the next token at every position; arguments as :meth:`hidden`."""
-        return self.lm_head(self.hidden(tokens, **context))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and context.get("state") is None):
+            return self.lm_head(self.hidden(tokens, **context))
 
     def hidden(
         self,

@@ -1,0 +1,261 @@
+"""The three ways a model call runs over tokens.
+
+A mixer does not know whether it trains, prefills or decodes. It asks its run for the three
+operations that look across tokens: the convolution, the scan and attention.
+
+* :class:`Packed` - no state: training and scoring.
+* :class:`Prefill` - chunked kernels, continuing from a state and writing to it.
+* :class:`Decode` - recurrent kernels, a few tokens per row, kept provisionally until accepted.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from nemokernels import (
+    attention,
+    attention_with_cache,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    mamba_chunk_scan_combined,
+    selective_state_update,
+)
+from nemokernels._checks import check, check_tensor
+from nemokernels._registry import acc_dtype
+from nemokernels.models.config import NemotronHConfig
+from nemokernels.models.linear import is_exact
+from nemokernels.models.state import State
+
+__all__ = ["Decode", "Packed", "Prefill", "Run"]
+
+
+class Run(Protocol):
+    """One model call: how its mixers look across tokens. ``layer`` numbers the layers."""
+
+    def conv(self, layer, x, weight, bias) -> torch.Tensor:
+        """Causal convolution and SiLU of x (B, T, channels)."""
+
+    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias) -> torch.Tensor:
+        """Mamba-2 scan of x (B, T, heads, head_dim)."""
+
+    def attend(self, layer, q, k, v) -> torch.Tensor:
+        """Causal attention of q (B, T, heads, head_dim)."""
+
+    def commit(self) -> None:
+        """All layers have run."""
+
+
+class Packed:
+    """Rows, or the sequences ``cu_seqlens`` packs into one row, each from its beginning."""
+
+    def __init__(self, config: NemotronHConfig, cu_seqlens: torch.Tensor | None):
+        self.config, self.cu_seqlens = config, cu_seqlens
+
+    def conv(self, layer, x, weight, bias):
+        y = causal_conv1d_fn(
+            x.transpose(1, 2), weight, bias, activation="silu", cu_seqlens=self.cu_seqlens
+        )
+        return y.transpose(1, 2)
+
+    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
+        return mamba_chunk_scan_combined(
+            x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True,
+            dt_limit=self.config.time_step_limit, cu_seqlens=self.cu_seqlens,
+        )  # fmt: skip
+
+    def attend(self, layer, q, k, v):
+        return attention(q, k, v, cu_seqlens=self.cu_seqlens)
+
+    def commit(self):
+        pass
+
+
+class Prefill:
+    """Any number of tokens per sequence, each continuing its slot, all of them kept.
+
+    Rows are treated as packed sequences, so one path serves both. Reads the lengths on the host.
+    """
+
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        state: State,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        slots: torch.Tensor | None,
+        *,
+        mtp: bool,
+    ):
+        state.check_settled("Prefill")
+        self.config, self.state, self.mtp = config, state, mtp
+        rows, length = tokens.shape
+        if cu_seqlens is None:
+            cu_seqlens = length * torch.arange(rows + 1, dtype=torch.int32, device=tokens.device)
+        else:
+            check_tensor("Prefill", "cu_seqlens", cu_seqlens, shape=(None,),
+                         dtypes=(torch.int32,), device=state.device)  # fmt: skip
+        self.cu_seqlens, self.bounds = cu_seqlens, cu_seqlens.tolist()
+        self.slots = state.check_slots(slots, len(self.bounds) - 1)
+        rows = state.rows(self.slots)
+        self.lengths = state.all_mtp_lengths if mtp else state.all_lengths
+        self.starts = self.lengths[rows].tolist()
+        self.live = [(i, slot) for i, slot in enumerate(self.slots.tolist()) if slot >= 0]
+        self._check_room()
+        # The sequences that have a slot, their slots, and which state of the slot is current.
+        self.sequences = (self.slots >= 0).nonzero().squeeze(1)
+        self.places = rows[self.sequences]
+        self.current = state.all_accepted[self.places].long() - 1
+
+    def _check_room(self) -> None:
+        slots = [slot for _, slot in self.live]
+        check("Prefill", len(set(slots)) == len(slots), f"`slots` repeats a slot: {slots}")
+        for i, slot in self.live:
+            check("Prefill", slot < self.state.slots,
+                  f"`slots` has {slot}, but there are {self.state.slots}")  # fmt: skip
+            end = self.starts[i] + self.bounds[i + 1] - self.bounds[i]
+            check("Prefill", end <= self.state.max_length,
+                  f"slot {slot} would hold {end} tokens, but `max_length` is "
+                  f"{self.state.max_length}")  # fmt: skip
+
+    def conv(self, layer, x, weight, bias):
+        cache, window = self.state.conv[layer], self.state.window
+        taps = self.current[:, None, None] + torch.arange(window, device=x.device)
+        history = cache[self.places].gather(2, taps.expand(-1, x.shape[-1], -1))
+        initial = x.new_zeros(len(self.starts), x.shape[-1], window)
+        initial[self.sequences] = history.to(x.dtype)
+        y, final = causal_conv1d_fn(
+            x.flatten(0, 1)[None].transpose(1, 2), weight, bias, initial_states=initial,
+            return_final_states=True, activation="silu", cu_seqlens=self.cu_seqlens,
+        )  # fmt: skip
+        cache[self.places, :, :window] = final[self.sequences].to(cache.dtype)
+        return y.transpose(1, 2).reshape(x.shape)
+
+    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
+        cache, shape = self.state.ssm[layer], x.shape
+        initial = cache.new_zeros(len(self.starts), *cache.shape[2:])
+        initial[self.sequences] = cache[self.places, self.current]
+        x, dt, B, C = (t.flatten(0, 1)[None] for t in (x, dt, B, C))
+        y, final = mamba_chunk_scan_combined(
+            x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias, initial_states=initial,
+            cu_seqlens=self.cu_seqlens, dt_softplus=True, dt_limit=self.config.time_step_limit,
+            return_final_states=True,
+        )  # fmt: skip
+        cache[self.places, 0] = final[self.sequences].to(cache.dtype)
+        return y.view(shape)
+
+    def attend(self, layer, q, k, v):
+        keys, values = self.state.keys[layer], self.state.values[layer]
+        shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))
+        out = torch.zeros_like(q)
+        if not any(self.starts):
+            out = attention(q[None], k[None], v[None], cu_seqlens=self.cu_seqlens)[0]
+        for i, slot in self.live:
+            new, start = slice(self.bounds[i], self.bounds[i + 1]), self.starts[i]
+            end = start + new.stop - new.start
+            keys[slot, start:end], values[slot, start:end] = k[new], v[new]
+            if any(self.starts):
+                past = (cache[slot, :end].to(q.dtype)[None] for cache in (keys, values))
+                out[new] = attention(q[new][None], *past)[0]
+        return out.view(shape)
+
+    def commit(self):
+        self.lengths[self.places] += self.cu_seqlens.diff()[self.sequences]
+        if not self.mtp:
+            self.state.all_accepted[self.places] = 1
+
+
+class Decode:
+    """A few tokens per row, computed like one token after the other."""
+
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        state: State,
+        tokens: torch.Tensor,
+        slots: torch.Tensor | None,
+        *,
+        mtp: bool,
+    ):
+        rows, length = tokens.shape
+        if not mtp:
+            state.check_settled("Decode")
+            check("Decode", 1 <= length <= state.draft_tokens + 1,
+                  f"`tokens` has {length} per row, expected 1 to draft_tokens + 1 = "
+                  f"{state.draft_tokens + 1}")  # fmt: skip
+        self.config, self.state, self.mtp, self.length = config, state, mtp, length
+        self.slots = state.check_slots(slots, rows)
+        index = state.rows(self.slots)
+        self.lengths = (state.all_mtp_lengths if mtp else state.all_lengths)[index]
+        self.accepted = state.all_accepted[index]
+
+    def conv(self, layer, x, weight, bias):
+        y = causal_conv1d_update(
+            x.transpose(1, 2), self.state.conv[layer], weight, bias, "silu",
+            conv_state_indices=self.slots, num_accepted_tokens=self.accepted,
+        )  # fmt: skip
+        return y.transpose(1, 2)
+
+    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
+        ssm, (rows, tokens, heads, width) = self.state.ssm[layer], x.shape
+        per_slot = ssm.shape[1]
+        places = self.slots[:, None] * per_slot + torch.arange(
+            per_slot, dtype=torch.int32, device=x.device
+        )
+        low, high = self.config.time_step_limit
+        if (low, high) != (0.0, float("inf")):  # the recurrent kernel has no limit of its own
+            dt = F.softplus(dt.to(acc_dtype(x)) + dt_bias).clamp(low, high)
+            dt_bias = torch.zeros_like(dt_bias)
+        update = functools.partial(
+            selective_state_update,
+            ssm.flatten(0, 1),
+            A=A[:, None, None],
+            D=D[:, None],
+            dt_bias=dt_bias[:, None],
+            dt_softplus=(low, high) == (0.0, float("inf")),
+        )
+        places = torch.where(self.slots[:, None] < 0, -1, places)
+        packed = [t.flatten(0, 1) for t in (x, dt[..., None], B, C)]
+        if is_exact():
+            return self._one_by_one(update, packed, places).view(x.shape)
+        x, dt, B, C = packed
+        return update(
+            x=x,
+            dt=dt,
+            B=B,
+            C=C,
+            state_batch_indices=places,
+            num_accepted_tokens=self.accepted,
+            cu_seqlens=tokens * torch.arange(rows + 1, dtype=torch.int32, device=x.device),
+        ).view(rows, tokens, heads, width)
+
+    def _one_by_one(self, update, packed, places) -> torch.Tensor:
+        # Each token starts from the stored state of the one before, as in separate calls: a 16-bit
+        # state is rounded at every token.
+        out = []
+        for i, (x, dt, B, C) in enumerate(zip(*(t.split(1) for t in packed))):
+            row, token = slice(i // self.length, i // self.length + 1), i % self.length
+            start = self.accepted[row] if token == 0 else torch.full_like(self.accepted[row], token)
+            out.append(
+                update(
+                    x=x,
+                    dt=dt,
+                    B=B,
+                    C=C,
+                    state_batch_indices=places[row],
+                    num_accepted_tokens=start,
+                    dst_state_batch_indices=places[row, token : token + 1],
+                )
+            )
+        return torch.cat(out)
+
+    def attend(self, layer, q, k, v):
+        keys, values = self.state.keys[layer], self.state.values[layer]
+        return attention_with_cache(q, k, v, keys, values, self.lengths, slots=self.slots)
+
+    def commit(self):
+        if not self.mtp:
+            self.state.pending = (self.slots, self.length)
