@@ -142,6 +142,20 @@ def test_new_tokens_are_attended_as_the_cache_stores_them():
     testing.assert_matches(out, attention(*(t.double() for t in rounded)), attention(*rounded))
 
 
+def test_products_take_operands_in_the_dtype_of_q():
+    """Differences below a bf16 step in p, in a float32 k and in a float32 v: unseen by a bf16 q."""
+    for q, cached, new in (
+        (1.0, (-1e-3, 1.0), (0.0, -1.0)),
+        (64.0, (1.003, 1.0), (1.0, -1.0)),
+        (1.0, (0.0, 1.001), (0.0, -1.0)),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            cache = [torch.full((1, 2, 1, 1), value) for value in cached]
+            tokens = [torch.full((1, 1, 1, 1), value, dtype=dtype) for value in (q, *new)]
+            out = run(tokens, cache, int32(1), int32(0), scale=1.0)
+            assert (out == 0) == (dtype == torch.bfloat16)
+
+
 def test_any_strides():
     tokens = new_tokens(2, 3)
     start = [torch.randn_like(t) for t in caches()]

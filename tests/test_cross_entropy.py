@@ -98,6 +98,17 @@ def test_backward_in_low_precision(dtype):
         testing.assert_matches(g, w, l, name)
 
 
+def test_logit_gradient_is_rounded_before_its_products():
+    """Two tokens whose logit gradients differ by less than a bf16 step and cancel in dweight."""
+    hidden = torch.tensor([[0.0, 1.0], [1e-3, 1.0]])
+    weight, targets = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([1, 1])
+    fn = lambda h, w: linear_cross_entropy(h, w, targets, reduction="none")  # noqa: E731
+    for dtype in (torch.bfloat16, torch.float32):
+        args = [hidden.to(dtype), weight.to(dtype)]
+        _, (_, dweight) = testing.gradients(fn, args, [torch.tensor([1.0, -1.0])])
+        assert (dweight[0, 1] == 0) == (dtype == torch.bfloat16)
+
+
 def test_weight_gradient_accumulates_in_float32(monkeypatch):
     """Many blocks, one cast: with bf16 accumulation 2**-9 of one step would be lost each time."""
     monkeypatch.setattr(ref, "rows_per_block", lambda classes, dtype: 1)
