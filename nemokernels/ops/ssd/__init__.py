@@ -225,6 +225,13 @@ def mamba_split_conv1d_scan_combined(
     check(fn, outproj_bias is None or outproj_weight is not None,
           "`outproj_bias` needs `outproj_weight`, got None")  # fmt: skip
 
+    if outproj_weight is not None:
+        check_tensor(fn, "outproj_weight", outproj_weight, shape=(None, mlp + inner),
+                     dims="(E, M + H*P)", dtypes=FLOATS, device=zxbcdt.device)  # fmt: skip
+    if outproj_bias is not None:
+        check_tensor(fn, "outproj_bias", outproj_bias, shape=(outproj_weight.shape[0],),
+                     dims="(E,)", dtypes=FLOATS, device=zxbcdt.device)  # fmt: skip
+
     gated_mlp, z, xbc, dt = zxbcdt.split([2 * mlp, inner, channels, heads], dim=-1)
     xbc = causal_conv1d_fn(xbc.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx,
                            activation=activation, cu_seqlens=cu_seqlens)  # fmt: skip

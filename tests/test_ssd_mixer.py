@@ -1,0 +1,135 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemokernels import mamba_split_conv1d_scan_combined as mixer
+
+HEADS, WIDTH, GROUPS, STATE, TAPS, INNER = 4, 3, 2, 5, 4, 12
+CHANNELS = INNER + 2 * GROUPS * STATE
+NAMES = ["zxbcdt", "conv1d_weight", "conv1d_bias", "dt_bias", "A", "D", "rmsnorm_weight",
+         "outproj_weight", "outproj_bias"]  # fmt: skip
+
+
+def inputs(batch=2, length=9, mlp=0, dtype=torch.float64):
+    shapes = [(batch, length, 2 * mlp + INNER + CHANNELS + HEADS), (CHANNELS, TAPS), (CHANNELS,)]
+    shapes += [(HEADS,)] * 3 + [(INNER,), (7, mlp + INNER), (7,)]
+    made = {n: torch.randn(s, dtype=torch.float64).to(dtype) for n, s in zip(NAMES, shapes)}
+    made["A"] = -made["A"].exp()
+    return {n: t.requires_grad_() for n, t in made.items()}
+
+
+def run(args, **options):
+    options = {"headdim": WIDTH, "ngroups": GROUPS, "chunk_size": 4, **options}
+    return mixer(**{"conv1d_bias": None, **args}, **options)
+
+
+def dense(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight=None,
+          outproj_weight=None, outproj_bias=None, before=True, activation="silu"):  # fmt: skip
+    """The mixer with the scan as one masked, decayed attention matrix."""
+    mlp = (zxbcdt.shape[-1] - INNER - CHANNELS - HEADS) // 2
+    up, value, z, xbc, dt = zxbcdt.split([mlp, mlp, INNER, CHANNELS, HEADS], -1)
+    xbc = F.conv1d(F.pad(xbc.transpose(1, 2), (TAPS - 1, 0)), conv1d_weight[:, None], conv1d_bias,
+                   groups=CHANNELS).transpose(1, 2)  # fmt: skip
+    xbc = F.silu(xbc) if activation else xbc
+    x, B, C = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
+    x = x.unflatten(-1, (HEADS, WIDTH))
+    B, C = (v.unflatten(-1, (GROUPS, STATE)).repeat_interleave(HEADS // GROUPS, 2) for v in (B, C))
+    step = F.softplus(dt + dt_bias)
+    decay = (step * A).cumsum(1)
+    mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()[None, :, :, None]
+    decay = (decay[:, :, None] - decay[:, None]).masked_fill(~mask, -torch.inf).exp()
+    y = torch.einsum("blhn,bshn,blsh,bsh,bshp->blhp", C, B, decay, step, x)
+    y = (y + (D[:, None] if D.dim() == 1 else D) * x).flatten(2)
+    if rmsnorm_weight is None:
+        y = y * F.silu(z)
+    else:
+        y = y if before else y * F.silu(z)
+        grouped = y.unflatten(-1, (GROUPS, -1))
+        y = F.rms_norm(grouped, grouped.shape[-1:], eps=1e-6).flatten(2) * rmsnorm_weight
+        y = y * F.silu(z) if before else y
+    y = torch.cat([F.silu(up) * value, y], -1)
+    return y if outproj_weight is None else F.linear(y, outproj_weight, outproj_bias)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mlp", [0, 2])
+@pytest.mark.parametrize("drop", [(), NAMES[6:], NAMES[7:], ["conv1d_bias", "outproj_bias"]])
+@pytest.mark.parametrize("before", [True, False])
+def test_equals_dense_formula(mlp, drop, before):
+    args = {n: t for n, t in inputs(mlp=mlp).items() if n not in drop}
+    got = run(args, norm_before_gate=before)
+    want = dense(**{"conv1d_bias": None, **args}, before=before)
+    close(got, want)
+    grad, leaves = torch.randn_like(got), list(args.values())
+    for a, b in zip(*(torch.autograd.grad(o, leaves, grad) for o in (got, want))):
+        close(a, b)
+
+
+def test_head_dimension_from_skip_and_no_activation():
+    args = inputs()
+    args["D"] = torch.randn(HEADS, WIDTH, dtype=torch.float64)
+    close(run(args, headdim=None), dense(**args))
+    close(run(args, activation=None), dense(**args, activation=None))
+
+
+def test_packed_equals_separate_bit_for_bit():
+    args = inputs(batch=1, length=13, dtype=torch.float32)
+    bounds = torch.tensor([0, 6, 6, 7, 13]).int()
+    start = torch.randn(4, HEADS, WIDTH, STATE)
+    options = dict(return_final_states=True, norm_before_gate=False, dt_limit=(0.1, 2.0))
+    projection = {n: args.pop(n) for n in NAMES[7:]}
+    out, states = run(args, cu_seqlens=bounds, initial_states=start, **options)
+    for n, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:])):
+        part = {**args, "zxbcdt": args["zxbcdt"][:, lo:hi]}
+        alone, state = run(part, initial_states=start[n : n + 1], **options)
+        assert torch.equal(out[:, lo:hi], alone) and torch.equal(states[n : n + 1], state)
+    projected = run({**args, **projection}, cu_seqlens=bounds, initial_states=start, **options)[0]
+    assert torch.equal(projected, F.linear(out, *projection.values()))
+
+
+def test_seq_idx_reaches_convolution_and_scan():
+    args = inputs(batch=1, length=13)
+    seq_idx = torch.tensor([[0] * 6 + [1] * 5 + [-1] * 2]).int()
+    out, state = run(args, seq_idx=seq_idx, return_final_states=True)
+    for part in (slice(0, 6), slice(6, 11)):
+        want = dense(**{**args, "zxbcdt": args["zxbcdt"][:, part]})
+        close(out[:, part], want)
+    alone = run({**args, "zxbcdt": args["zxbcdt"][:, 6:11]}, return_final_states=True)[1]
+    close(state, alone)
+    close(out[0, 11:], args["outproj_bias"].expand(2, -1))
+
+
+def test_state_dtype_reaches_the_scan():
+    args = inputs(dtype=torch.float32)
+    low = run(args, state_dtype=torch.bfloat16)
+    assert torch.equal(run(args, state_dtype=torch.float32), run(args)) and (low != run(args)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_and_autocast(dtype):
+    args = inputs(dtype=dtype)
+    assert run(args).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(args).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_short_rows(length):
+    args = inputs(length=length)
+    out, states = run(args, return_final_states=True)
+    assert out.shape == (2, length, 7) and states.shape == (2, HEADS, WIDTH, STATE)
+    if length:
+        close(out, dense(**args))
+
+
+def test_compiles_to_one_graph():
+    args = inputs(batch=1, dtype=torch.float32)
+    bounds = torch.tensor([0, 4, 9]).int()
+    fn = lambda a: run(a, cu_seqlens=bounds, norm_before_gate=False)  # noqa: E731
+    want = torch.autograd.grad(fn(args).sum(), list(args.values()))
+    out = torch.compile(fn, fullgraph=True, backend="aot_eager")(args)
+    got = torch.autograd.grad(out.sum(), list(args.values()))
+    assert torch.equal(out, fn(args)) and all(torch.equal(a, b) for a, b in zip(got, want))
