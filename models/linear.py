@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +12,12 @@ from torch import nn
 
 __all__ = ["Linear", "exact", "is_exact", "linear", "row_by_row"]
 
-_exact: contextvars.ContextVar[bool] = contextvars.ContextVar("exact", default=False)
+
+class _Mode(threading.local):
+    exact = False
+
+
+_mode = _Mode()
 
 
 @contextlib.contextmanager
@@ -24,28 +29,28 @@ def exact() -> Iterator[None]:
     not: each row goes through the identical one-row call. Speculative decoding then emits exactly
     the tokens of plain decoding. It costs the speed of a batch.
     """
-    token = _exact.set(True)
+    before, _mode.exact = _mode.exact, True
     try:
         yield
     finally:
-        _exact.reset(token)
+        _mode.exact = before
 
 
 def is_exact() -> bool:
     """Whether this is inside :func:`exact`."""
-    return _exact.get()
+    return _mode.exact
 
 
 def row_by_row(fn: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
     """``fn(*rows)`` for tensors (N, D), in :func:`exact` mode one row at a time."""
-    if not _exact.get() or rows[0].shape[0] <= 1:
+    if not _mode.exact or rows[0].shape[0] <= 1:
         return fn(*rows)
     return torch.cat([fn(*row) for row in zip(*(tensor.split(1) for tensor in rows))])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x @ weight.T`` for x (..., in) and weight (out, in)."""
-    if not _exact.get():
+    if not _mode.exact:
         return F.linear(x, weight)
     rows = row_by_row(lambda row: F.linear(row, weight), x.reshape(-1, x.shape[-1]))
     return rows.view(*x.shape[:-1], weight.shape[0])

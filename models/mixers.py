@@ -31,7 +31,8 @@ class Wide(nn.Module):
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
             out = fn(tensor)
-            return tensor.to(out.device) if out.itemsize < tensor.itemsize else out
+            narrow = out.is_floating_point() and out.itemsize < 4
+            return tensor.to(out.device, torch.float32) if narrow else out
 
         return super()._apply(apply, recurse=False)
 

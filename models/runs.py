@@ -98,24 +98,29 @@ class Prefill:
         else:
             check_tensor("Prefill", "cu_seqlens", cu_seqlens, shape=(None,),
                          dtypes=(torch.int32,), device=state.device)  # fmt: skip
+            check("Prefill", rows == 1, f"`tokens` has {rows} rows, expected 1 with `cu_seqlens`")
+            check("Prefill", len(cu_seqlens) >= 1, "`cu_seqlens` is empty, expected at least [0]")
         self.cu_seqlens, self.bounds = cu_seqlens, cu_seqlens.tolist()
         self.slots = state.check_slots(slots, len(self.bounds) - 1)
-        rows = state.rows(self.slots)
-        self.lengths = state.all_mtp_lengths if mtp else state.all_lengths
-        self.starts = self.lengths[rows].tolist()
         self.live = [(i, slot) for i, slot in enumerate(self.slots.tolist()) if slot >= 0]
+        self._check_sequences(rows * length)
+        places = state.rows(self.slots)
+        self.lengths = state.all_mtp_lengths if mtp else state.all_lengths
+        self.starts = self.lengths[places].tolist()
         self._check_room()
         # The sequences that have a slot, their slots, and which state of the slot is current.
         self.sequences = (self.slots >= 0).nonzero().squeeze(1)
-        self.places = rows[self.sequences]
+        self.places = places[self.sequences]
         self.current = state.all_accepted[self.places].long() - 1
 
-    def _check_room(self) -> None:
-        slots = [slot for _, slot in self.live]
+    def _check_sequences(self, tokens: int) -> None:
+        slots, bounds = [slot for _, slot in self.live], self.bounds
+        check("Prefill", bounds == sorted(bounds) and (bounds[0], bounds[-1]) == (0, tokens),
+              f"`cu_seqlens` must ascend from 0 to {tokens}, got {bounds}")  # fmt: skip
         check("Prefill", len(set(slots)) == len(slots), f"`slots` repeats a slot: {slots}")
+
+    def _check_room(self) -> None:
         for i, slot in self.live:
-            check("Prefill", slot < self.state.slots,
-                  f"`slots` has {slot}, but there are {self.state.slots}")  # fmt: skip
             end = self.starts[i] + self.bounds[i + 1] - self.bounds[i]
             check("Prefill", end <= self.state.max_length,
                   f"slot {slot} would hold {end} tokens, but `max_length` is "

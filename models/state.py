@@ -162,6 +162,9 @@ class State:
             return torch.arange(rows, dtype=torch.int32, device=self.device)
         check_tensor("State", "slots", slots, shape=(rows,), dims="(B,)", dtypes=(torch.int32,),
                      device=self.device)  # fmt: skip
+        if self.device.type == "cpu" and rows:
+            check("State", int(slots.max()) < self.slots,
+                  f"`slots` has {int(slots.max())}, but there are {self.slots}")  # fmt: skip
         return slots
 
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
