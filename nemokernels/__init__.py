@@ -19,6 +19,19 @@ from nemokernels.ops.gated_rms_norm import rmsnorm_fn
 from nemokernels.ops.moe_experts import moe_experts
 from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
 from nemokernels.ops.mtp_verify import Verdict, mtp_verify
+from nemokernels.ops.nvfp4 import (
+    NVFP4,
+    dequantize_nvfp4,
+    hadamard16,
+    nvfp4_linear,
+    pack_e2m1,
+    quantize_nvfp4,
+    quantize_nvfp4_pair,
+    quantize_nvfp4_weight,
+    swizzle_scales,
+    unpack_e2m1,
+    unswizzle_scales,
+)
 from nemokernels.ops.relu2 import relu2
 from nemokernels.ops.rms_norm import rms_norm
 from nemokernels.ops.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
@@ -28,6 +41,7 @@ from nemokernels.patch import patch_transformers
 __version__ = "0.1.0"
 
 __all__ = [
+    "NVFP4",
     "Route",
     "Verdict",
     "attention",
@@ -40,19 +54,29 @@ __all__ = [
     "current_scale",
     "delayed_scaling_update",
     "dequantize_fp8",
+    "dequantize_nvfp4",
     "fp8_linear",
+    "hadamard16",
     "linear_cross_entropy",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
     "moe_experts",
     "moe_route",
     "mtp_verify",
+    "nvfp4_linear",
+    "pack_e2m1",
     "patch_transformers",
     "quantize_fp8",
+    "quantize_nvfp4",
+    "quantize_nvfp4_pair",
+    "quantize_nvfp4_weight",
     "relu2",
     "rms_norm",
     "rmsnorm_fn",
     "selective_state_update",
+    "swizzle_scales",
+    "unpack_e2m1",
+    "unswizzle_scales",
     "update_correction_bias",
     "use_backend",
 ]
