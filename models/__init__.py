@@ -3,6 +3,7 @@
 from nemokernels.models.checkpoint import checkpoint_spec, from_pretrained
 from nemokernels.models.config import ConfigError, NemotronHConfig
 from nemokernels.models.files import CheckpointError
+from nemokernels.models.generation import Generation, generate
 from nemokernels.models.linear import exact
 from nemokernels.models.names import TensorSpec
 from nemokernels.models.nemotron_h import NemotronH, build
@@ -14,6 +15,7 @@ from nemokernels.models.variants import Variant, list_variants
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "Generation",
     "NemotronH",
     "NemotronHConfig",
     "Quantization",
@@ -24,6 +26,7 @@ __all__ = [
     "checkpoint_spec",
     "exact",
     "from_pretrained",
+    "generate",
     "list_variants",
     "save_pretrained",
 ]

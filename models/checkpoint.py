@@ -285,9 +285,11 @@ def _fill(
                     kept = torch.promote_types(kept, torch.float32)
                 filled[target] = torch.empty_like(meta[target], dtype=kept, device=device)
                 _assign(model, target, filled[target])
-                model.file_dtypes[target] = (kept, stored)
+                # Dequantised in a chosen dtype, a model is no longer that of the file.
+                unlike = plan.quantization is not None and dtype is not None
+                model.file_dtypes[target] = (kept, kept if unlike else stored)
             into = filled[target] if index is None else filled[target][index]
-            into.copy_(_value(source, plan, shards, scalars))
+            into.copy_(_value(source, plan, shards, scalars, into.dtype))
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # counters, which are not part of a checkpoint
             _assign(model, name, torch.zeros_like(buffer, device=device))
@@ -302,12 +304,16 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _value(
-    source: Source, plan: Plan, shards: Shards, scalars: dict[str, torch.Tensor]
+    source: Source,
+    plan: Plan,
+    shards: Shards,
+    scalars: dict[str, torch.Tensor],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     weight, scale = shards.read(source.tensor), f"{source.module}.weight_scale"
     if source.algorithm is None:
         return weight
     if source.algorithm == "FP8":
-        return nemokernels.dequantize_fp8(weight, scalars[scale], dtype=plan.dtype)
+        return nemokernels.dequantize_fp8(weight, scalars[scale], dtype=dtype)
     blocks = shards.read(plan.tensors[scale])
-    return nemokernels.dequantize_nvfp4(weight, blocks, scalars[scale + "_2"], dtype=plan.dtype)
+    return nemokernels.dequantize_nvfp4(weight, blocks, scalars[scale + "_2"], dtype=dtype)

@@ -1,0 +1,308 @@
+"""Generation: batched prefill and decoding, with drafts from the model's own MTP block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from nemokernels import mtp_verify
+from nemokernels._checks import check
+from nemokernels.models.linear import exact as exact_products
+from nemokernels.models.nemotron_h import NemotronH
+from nemokernels.models.state import State
+
+__all__ = ["Generation", "generate"]
+
+
+@dataclass
+class Generation:
+    """What :func:`generate` returns.
+
+    Attributes:
+        tokens: per request, the new tokens, an end token included.
+        logprobs: per new token, its log-probability under the model before temperature and cuts.
+        steps: verification steps, summed over requests; the prefill is not one.
+        drafted: drafts verified.
+        accepted: drafts accepted. A step yields one token more than it accepts drafts.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean number of tokens a verification step yields, 1 without drafts."""
+        return 1 + self.accepted / self.steps if self.steps else 1.0
+
+
+def generate(
+    model: NemotronH,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    speculate: int = 0,
+    exact: bool = False,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    request_ids: Sequence[int] | None = None,
+    eos: int | Sequence[int] | None = None,
+) -> Generation:
+    """Continue every prompt, greedily or by sampling.
+
+    With ``speculate`` the MTP block drafts a chain of tokens (always its most likely ones) and the
+    model verifies all of them in one call. That changes the speed and not the distribution:
+    greedily the tokens are those of plain decoding up to rounding, and with ``exact`` they are
+    equal; sampled tokens are distributed as without drafts, but are other samples.
+
+    Random numbers depend on the seed, the request's id and the position alone. Outputs do not
+    depend on the other requests of the call up to rounding, with ``exact`` not at all.
+
+    Args:
+        model: the model; its parameters' device does the work. Left in the mode it was in.
+        prompts: token ids, at least one per prompt, of any lengths.
+        max_new_tokens: most tokens to generate per request, at least 1.
+        speculate: drafts per step; needs a model with an MTP block.
+        exact: compute every token on its own (:func:`nemokernels.models.exact`); slow on batches.
+        temperature: 0 is greedy.
+        top_k, top_p: cuts of the distribution; None: none. See :func:`nemokernels.mtp_verify`.
+        seed: of the random numbers.
+        request_ids: an integer per prompt that takes part in its random numbers; None: 0, 1, ...
+        eos: a request ends with the first of these tokens it emits.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
+        FloatingPointError: the model's logits for a request are not a distribution (NaN or Inf).
+
+    Source: Leviathan et al., "Fast inference from transformers via speculative decoding", 2023;
+    the drafting chain is that of DeepSeek-AI, "DeepSeek-V3 technical report", 2024.
+    """
+    ends = _ends(eos)
+    _check(model, prompts, max_new_tokens, speculate, request_ids)
+    requests = [
+        _Request(slot, list(prompt), len(prompt) + max_new_tokens, request_id, ends)
+        for slot, (prompt, request_id) in enumerate(
+            zip(prompts, request_ids or range(len(prompts)))
+        )
+    ]
+    result = Generation([], [])
+    if requests:
+        choose = partial(mtp_verify, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        mode = exact_products() if exact else contextlib.nullcontext()
+        with torch.no_grad(), _evaluating(model), mode:
+            state = model.new_state(
+                len(requests),
+                max(request.limit for request in requests) + speculate,
+                draft_tokens=speculate,
+            )
+            _Decoder(model, state, choose, speculate, result).run(requests)
+    result.tokens = [request.tokens[request.prompt_length :] for request in requests]
+    result.logprobs = [request.logprobs for request in requests]
+    return result
+
+
+@dataclass
+class _Request:
+    slot: int
+    tokens: list[int]  # prompt and what was emitted; the model has seen all but the last
+    limit: int  # of tokens, the prompt's included
+    id: int
+    ends: frozenset[int]
+    logprobs: list[float] = field(default_factory=list)
+    prompt_length: int = field(init=False)
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def room(self) -> int:
+        """Drafts that could still be used: the token after them is certain to be emitted."""
+        return self.limit - len(self.tokens) - 1
+
+    def emit(self, tokens: list[int], logprobs: list[float]) -> None:
+        for token, logprob in zip(tokens, logprobs):
+            if token < 0:
+                raise FloatingPointError(
+                    f"generate: the logits of request {self.slot} at position {len(self.tokens)} "
+                    "are not a distribution (NaN or Inf)"
+                )
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            self.done = token in self.ends or len(self.tokens) == self.limit
+            if self.done:
+                return
+
+
+class _Decoder:
+    """One call of :func:`generate`: B active requests, T tokens per step, H hidden size."""
+
+    def __init__(
+        self,
+        model: NemotronH,
+        state: State,
+        choose: Callable,
+        speculate: int,
+        result: Generation,
+    ):
+        self.model, self.state, self.choose = model, state, choose
+        self.speculate, self.result = speculate, result
+        self.device = model.lm_head.weight.device
+
+    def run(self, requests: list[_Request]) -> None:
+        drafts = self.prefill(requests)
+        requests, drafts = _alive(requests, drafts)
+        while requests:
+            drafts = self.step(requests, drafts)
+            requests, drafts = _alive(requests, drafts)
+
+    def prefill(self, requests: list[_Request]) -> torch.Tensor:
+        """Read the prompts packed into one row, emit one token each; (B, K) drafts after it."""
+        prompts = [list(request.tokens) for request in requests]
+        bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0)
+        packed = {
+            "cu_seqlens": bounds.to(self.device, torch.int32),
+            "state": self.state,
+            "slots": self.slots(requests),
+        }
+        last = bounds[1:].to(self.device) - 1
+        hidden = self.model.hidden(self.tensor([sum(prompts, [])]), **packed)
+        none = self.tensor([[]] * len(requests))
+        self.verify(requests, hidden[0, last, None], none, [0] * len(requests))
+        width = self.width(requests)
+        if width == 0:
+            return none
+        following = sum((request.tokens[1:] for request in requests), [])
+        hidden = self.model.mtp_hidden(hidden, self.tensor([following]), **packed)
+        return self.draft(requests, hidden[0, last, None], width)
+
+    def step(self, requests: list[_Request], drafts: torch.Tensor) -> torch.Tensor:
+        """Verify the drafts (B, T - 1), emit what stands; drafts for the next step."""
+        slots = self.slots(requests)
+        tokens = torch.cat([self.tensor([[r.tokens[-1]] for r in requests]), drafts], 1)
+        hidden = self.model.hidden(tokens, state=self.state, slots=slots, decode=True)
+        lengths = [min(drafts.shape[1], request.room) for request in requests]
+        kept, following = self.verify(requests, hidden, drafts, lengths)
+        self.state.accept(kept)
+        self.result.steps += len(requests)
+        self.result.drafted += sum(lengths)
+        self.result.accepted += int(kept.sum()) - len(requests)
+        width = self.width(requests)
+        if width == 0:
+            return drafts[:, :0]
+        # The block's cache advances over the verified tokens with the model's own hidden states,
+        # which replaces what drafting had left there. Positions past `kept` are not kept.
+        hidden = self.model.mtp_hidden(
+            hidden, following, state=self.state, slots=slots, decode=True
+        )
+        self.state.advance_mtp(kept, slots)
+        rows = torch.arange(len(requests), device=self.device)
+        return self.draft(requests, hidden[rows, kept.long() - 1, None], width)
+
+    def verify(
+        self,
+        requests: list[_Request],
+        hidden: torch.Tensor,
+        drafts: torch.Tensor,
+        lengths: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Emit tokens for every request, of which the first ``lengths`` drafts (B, T - 1) count.
+
+        Returns:
+            ``(kept, following)``: how many of the T input tokens stand, (B,) int32; and the token
+            after each of those, (B, T).
+        """
+        verdict = self.choose(
+            self.model.lm_head(hidden),
+            drafts,
+            draft_lengths=self.tensor(lengths),
+            request_ids=self.tensor([request.id for request in requests]),
+            positions=self.tensor([len(request.tokens) for request in requests]),
+        )
+        kept = verdict.accepted + 1
+        following = torch.cat([drafts, verdict.next_token[:, None]], 1)
+        following.scatter_(1, kept.long()[:, None] - 1, verdict.next_token[:, None])
+        rows = zip(requests, kept.tolist(), following.tolist(), verdict.logprobs.tolist())
+        for request, count, tokens, logprobs in rows:
+            request.emit(tokens[:count], logprobs[:count])
+        return kept, following
+
+    def draft(self, requests: list[_Request], hidden: torch.Tensor, width: int) -> torch.Tensor:
+        """A chain of ``width`` most likely tokens after hidden (B, 1, H) of the MTP block."""
+        slots, chain = self.slots(requests), []
+        for _ in range(width - 1):
+            chain.append(self.model.lm_head(hidden).argmax(-1))
+            hidden = self.model.mtp_hidden(
+                hidden, chain[-1], state=self.state, slots=slots, decode=True
+            )
+            self.state.advance_mtp([1] * len(requests), slots)
+        chain.append(self.model.lm_head(hidden).argmax(-1))
+        self.state.advance_mtp([1 - width] * len(requests), slots)
+        return torch.cat(chain, 1)
+
+    def width(self, requests: list[_Request]) -> int:
+        """Drafts worth making for the next step."""
+        room = max((request.room for request in requests if not request.done), default=0)
+        return min(self.speculate, room)
+
+    def slots(self, requests: list[_Request]) -> torch.Tensor:
+        return torch.tensor([request.slot for request in requests], dtype=torch.int32,
+                            device=self.device)  # fmt: skip
+
+    def tensor(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _alive(requests: list[_Request], drafts: torch.Tensor) -> tuple[list[_Request], torch.Tensor]:
+    rows = [row for row, request in enumerate(requests) if not request.done]
+    if len(rows) == len(requests):
+        return requests, drafts
+    return [requests[row] for row in rows], drafts[rows]
+
+
+@contextlib.contextmanager
+def _evaluating(model: NemotronH) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _ends(eos: int | Sequence[int] | None) -> frozenset[int]:
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    for token in ends:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise TypeError(f"generate: `eos` holds {token!r}, expected token ids")
+    return frozenset(ends)
+
+
+def _check(model, prompts, max_new_tokens, speculate, request_ids) -> None:
+    if not isinstance(model, NemotronH):
+        raise TypeError(f"generate: `model` must be a NemotronH, got {type(model).__name__}")
+    for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"generate: `{name}` must be an int, got {type(value).__name__}")
+        check("generate", value >= low, f"`{name}` must be at least {low}, got {value}")
+    check("generate", speculate == 0 or model.mtp is not None,
+          f"`speculate` is {speculate}, but this model has no MTP block to draft with")  # fmt: skip
+    check("generate", request_ids is None or len(request_ids) == len(prompts),
+          "`request_ids` must have one id per prompt")  # fmt: skip
+    vocab = model.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        check("generate", len(prompt) > 0, f"`prompts[{index}]` is empty; give it one token, such "
+              "as the beginning-of-text token")  # fmt: skip
+        for token in prompt:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise TypeError(f"generate: `prompts[{index}]` holds {token!r:.80}, expected ints")
+            check("generate", 0 <= token < vocab,
+                  f"`prompts[{index}]` holds {token}, expected a token below {vocab}")  # fmt: skip
