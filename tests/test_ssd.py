@@ -87,6 +87,17 @@ def test_fp64_without_optional_inputs(drop, options):
         close(a, b)
 
 
+def test_softplus_is_the_identity_above_20():
+    args = inputs(length=8)
+    args[7] = None
+    steps = torch.tensor([-60.0, -5, 0, 6, 15, 19.9, 20.1, 60], dtype=torch.float64)
+    args[1] = steps[None, :, None].repeat(2, 1, 4).requires_grad_()
+    outs = ours(*args), plain(*args)
+    for a, b in zip(*outs):
+        close(a, b)
+    close(*(torch.autograd.grad(final.sum(), args[1])[0] for _, final in outs))
+
+
 def test_skip_per_channel():
     args = inputs()
     args[5] = torch.randn(4, 3, dtype=torch.float64)
