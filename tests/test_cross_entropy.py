@@ -221,6 +221,9 @@ def test_autocast_casts_hidden_and_weight():
         got = linear_cross_entropy(hidden, weight.bfloat16(), targets)
     want = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
     assert got.dtype == torch.float32 and torch.equal(got, want)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = linear_cross_entropy(hidden.double(), weight.double(), targets)
+    assert exact == linear_cross_entropy(hidden.double(), weight.double(), targets)
 
 
 def test_compiles_with_dynamic_length():

@@ -37,7 +37,7 @@ def forward(
         for block, seen in _blocks(qs, ks):
             scores = _scores(qs[:, :, block], ks[:, :seen], scale)
             top = scores.amax(-1, keepdim=True)
-            p = torch.exp(scores - top)
+            p = scores.sub_(top).exp_()
             total = p.sum(-1, keepdim=True)
             parts.append(_product(_round(p, v.dtype), vs[:, :seen]) / total)
             tops.append((top + total.log())[..., 0])
@@ -70,7 +70,7 @@ def backward(
         dqs, dks, dvs = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
         for block, seen in _blocks(qs, ks):
             qb, kb, db = qs[:, :, block], ks[:, :seen], douts[:, :, block]
-            p = torch.exp(_scores(qb, kb, scale) - sums[:, :, block, None])
+            p = _scores(qb, kb, scale).sub_(sums[:, :, block, None]).exp_()
             dp = _product(db, vs[:, :seen].mT)
             ds = _round(p * (dp - delta[:, :, block]), q.dtype).flatten(1, 2)
             dvs[:, :seen] += _round(p, v.dtype).flatten(1, 2).mT @ db.flatten(1, 2)

@@ -68,12 +68,12 @@ def backward(
     dweight = weight.new_zeros(weight.shape, dtype=acc)
     wide = weight.to(acc)
     for rows, target in _blocks(targets, weight.shape[0], ignore_index, acc):
-        x, z = hidden[rows].to(acc), lse[rows, None]
-        dlogits = torch.exp(x @ wide.T - z) * (1.0 + 2.0 * z_loss * z)
-        dlogits.scatter_add_(1, target[:, None], z.new_full(z.shape, label_smoothing - 1.0))
+        x, z, g = hidden[rows].to(acc), lse[rows, None], dloss[rows, None].to(acc)
+        dlogits = (x @ wide.T).sub_(z).exp_().mul_(g * (1.0 + 2.0 * z_loss * z))
+        dlogits.scatter_add_(1, target[:, None], g * (label_smoothing - 1.0))
         if label_smoothing:
-            dlogits -= label_smoothing / weight.shape[0]
-        dlogits = (dlogits * dloss[rows, None]).to(hidden.dtype).to(acc)
+            dlogits -= g * (label_smoothing / weight.shape[0])
+        dlogits = dlogits.to(hidden.dtype).to(acc)
         dhidden[rows] = (dlogits @ wide).to(hidden.dtype)
         dweight += dlogits.T @ x
     return dhidden, dweight.to(weight.dtype)
