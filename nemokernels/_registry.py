@@ -89,7 +89,7 @@ def register(
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema)
     LIBRARY.impl(name, _without_grad(reference), "CPU")
-    LIBRARY.impl(name, cuda or _reference_on_cuda(name, reference), "CUDA")
+    LIBRARY.impl(name, cuda or reference_on_cuda(name, reference), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     if overload._schema.is_mutable:
@@ -143,7 +143,8 @@ def _has_data(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() > 0
 
 
-def _reference_on_cuda(name: str, reference: Callable) -> Callable:
+def reference_on_cuda(name: str, reference: Callable) -> Callable:
+    """The CUDA leg where no kernel takes the call: one warning per shape, then the reference."""
     leg = _without_grad(reference)
 
     @functools.wraps(reference)

@@ -2,12 +2,98 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from nemokernels._registry import family, register
+from nemokernels import _backends, _ext
+from nemokernels._registry import family, reference_on_cuda, register
 from nemokernels.ops.causal_conv1d import ref
 
-FAMILY = family("causal_conv1d")
+FAMILY = family("causal_conv1d", {"csrc": _ext.reason})
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Config(NamedTuple):
+    """Which backend runs, tokens per warp if it is csrc, why not csrc if it is the reference."""
+
+    backend: str
+    chunk: int = 0
+    reason: str = ""
+
+
+def plan(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtypes: tuple[torch.dtype, ...],
+    backends: tuple[str, ...],
+    processors: int,
+) -> Config:
+    """The configuration for a problem. ``backends`` can run here; ``processors`` of the device.
+
+    A warp walks ``chunk`` tokens and reads W-1 more in front of them (the backward W-1 behind them
+    too), so chunks are as long as leaves every multiprocessor eight blocks.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes these dtypes.
+    """
+    wide = [d for d in dtypes if d not in NATIVE]
+    if "csrc" in backends and not wide:
+        groups = -(-dim // 256)  # 32 lanes of 8 channels
+        for chunk in (256, 128, 64, 32):
+            if groups * batch * -(-tokens // (4 * chunk)) >= 8 * processors:
+                return Config("csrc", chunk)
+        return Config("csrc", 16)
+    reason = f"csrc takes float32, bfloat16 and float16, got {wide[0]}" if wide else ""
+    if "reference" not in backends:
+        raise RuntimeError(f"causal_conv1d: {reason or 'no backend can run here'}")
+    return Config("reference", reason=reason)
+
+
+def _plan(x: torch.Tensor, *others: torch.Tensor | None) -> Config:
+    dtypes = tuple(t.dtype for t in (x, *others) if t is not None)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    batch, tokens, dim = x.shape if x.dim() == 3 else (1, *x.shape)
+    return plan(batch, tokens, dim, dtypes, _backends.usable(FAMILY.name, x.device), processors)
+
+
+def _forward_cuda(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final):
+    from nemokernels.ops.causal_conv1d import kernel
+
+    args = (x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final)
+    config = _plan(x, weight, bias)
+    if config.backend == "reference":
+        return reference_on_cuda("causal_conv1d", ref.forward)(*args)
+    return kernel.forward(*args, chunk=config.chunk)
+
+
+def _backward_cuda(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu):
+    from nemokernels.ops.causal_conv1d import kernel
+
+    args = (dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu)
+    config = _plan(x, weight, bias)
+    if config.backend == "reference":
+        return reference_on_cuda("causal_conv1d_backward", ref.backward)(*args)
+    return kernel.backward(*args, chunk=config.chunk)
+
+
+def _update_cuda(x, conv_state, weight, bias, *args):
+    from nemokernels.ops.causal_conv1d import kernel
+
+    if _plan(x, weight, bias).backend == "reference":
+        run = reference_on_cuda("causal_conv1d_update", ref.update)
+        return run(x, conv_state, weight, bias, *args)
+    return kernel.update(x, conv_state, weight, bias, *args)
+
+
+def _varlen_cuda(x, cu_seqlens, state_len):
+    from nemokernels.ops.causal_conv1d import kernel
+
+    if _plan(x).backend == "reference":
+        run = reference_on_cuda("causal_conv1d_varlen_states", ref.varlen_states)
+        return run(x, cu_seqlens, state_len)
+    return kernel.varlen_states(x, cu_seqlens, state_len)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -67,6 +153,7 @@ causal_conv1d_backward = register(
     reference=ref.backward,
     fake=_fake_backward,
     example=_example_backward,
+    cuda=_backward_cuda,
 )
 
 
@@ -90,6 +177,7 @@ causal_conv1d = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
+    cuda=_forward_cuda,
     setup_context=_setup,
     backward=_backward,
 )
@@ -102,6 +190,7 @@ causal_conv1d_update = register(
     reference=ref.update,
     fake=lambda x, *_: x.new_empty(x.shape),
     example=_example_update,
+    cuda=_update_cuda,
 )
 
 causal_conv1d_varlen_states = register(
@@ -112,4 +201,5 @@ causal_conv1d_varlen_states = register(
         cu_seqlens.shape[0] - 1, state_len, x.shape[1]
     ),
     example=_example_varlen,
+    cuda=_varlen_cuda,
 )

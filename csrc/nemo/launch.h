@@ -1,0 +1,68 @@
+// Launching a kernel that is written as two functions of (params, block, thread, shared memory).
+//
+//   struct Kernel {
+//     using Params = ...;                 // plain data: pointers, sizes, strides
+//     struct Shared { ... };              // one per block
+//     static constexpr int kThreads;      // per block
+//     static constexpr int kMinBlocks;    // per multiprocessor, bounds the registers
+//     static constexpr bool kReduces;     // whether finish() runs, after a barrier
+//     static NEMO_HD void walk(const Params&, int64_t block, int thread, Shared&);
+//     static NEMO_HD void finish(const Params&, int64_t block, int thread, Shared&);
+//   };
+//
+// Compiled as CUDA this is a grid of blocks. Compiled as plain C++ it is a loop over the same
+// blocks and threads: index arithmetic, tails and sequence logic can be tested without a GPU.
+#pragma once
+
+#include "nemo/core.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+namespace nemo {
+
+struct Empty {};
+
+#ifdef __CUDACC__
+
+using Stream = cudaStream_t;
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    run(const __grid_constant__ typename Kernel::Params params) {
+  __shared__ typename Kernel::Shared shared;
+  Kernel::walk(params, blockIdx.x, threadIdx.x, shared);
+  if constexpr (Kernel::kReduces) {
+    __syncthreads();
+    Kernel::finish(params, blockIdx.x, threadIdx.x, shared);
+  }
+}
+
+template <class Kernel>
+void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream) {
+  if (blocks > 0) run<Kernel><<<dim3(unsigned(blocks)), Kernel::kThreads, 0, stream>>>(params);
+}
+
+#else
+
+using Stream = void*;
+
+template <class Kernel>
+void launch(const typename Kernel::Params& params, int64_t blocks, Stream) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    typename Kernel::Shared shared;
+    for (int thread = 0; thread < Kernel::kThreads; ++thread) {
+      Kernel::walk(params, block, thread, shared);
+    }
+    if constexpr (Kernel::kReduces) {
+      for (int thread = 0; thread < Kernel::kThreads; ++thread) {
+        Kernel::finish(params, block, thread, shared);
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace nemo
