@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_JSON_BYTES = 100_000_000  # the limit safetensors puts on its own headers
+MAX_SHARDS = 1000
 NAMED = 20  # problems listed in one message
 
 DTYPES = {
@@ -107,6 +108,9 @@ class Shards:
                 self._problems.add(f"{INDEX}: {name} maps to {_short(repr(file))}, expected a file")
             else:
                 files.setdefault(file, set()).add(name)
+        if len(files) > MAX_SHARDS:
+            self._problems.add(f"{INDEX}: names {len(files)} files, more than {MAX_SHARDS}")
+            return
         for file, names in files.items():
             self._read_shard(file, names)
         for path in sorted(self._folder.glob("model-*.safetensors")):

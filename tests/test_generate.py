@@ -47,7 +47,7 @@ def oracle(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("pattern", ["ME*-", "M*", "*-", "MM", "E*"])
+@pytest.mark.parametrize("pattern", ["ME*-", "M*", "*-", "MM"])
 @pytest.mark.parametrize("speculate", [0, 1, 3])
 def test_greedy_equals_decoding_without_state(pattern, speculate):
     model = small(pattern=pattern, mtp="*E")
@@ -60,15 +60,15 @@ def test_greedy_equals_decoding_without_state(pattern, speculate):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("speculate", [1, 4])
+@pytest.mark.parametrize("speculate", [1, 3])
 def test_exact_speculation_changes_no_bit(dtype, seed, speculate, oracle):
     """Same tokens and same log-probabilities, bit for bit, whatever part of the drafts stands."""
     model = small(seed, dtype, pattern=["ME*-", "MEM*", "*M", "M-E"][seed])
-    plain = generate(model, PROMPTS, max_new_tokens=10, exact=True)
-    own = generate(model, PROMPTS, max_new_tokens=10, exact=True, speculate=speculate)
+    plain = generate(model, PROMPTS, max_new_tokens=7, exact=True)
+    own = generate(model, PROMPTS, max_new_tokens=7, exact=True, speculate=speculate)
     assert own.tokens == plain.tokens and own.logprobs == plain.logprobs
     oracle(plain.tokens, spoil=0.3, seed=seed)
-    mixed = generate(model, PROMPTS, max_new_tokens=10, exact=True, speculate=speculate)
+    mixed = generate(model, PROMPTS, max_new_tokens=7, exact=True, speculate=speculate)
     assert mixed.tokens == plain.tokens and mixed.logprobs == plain.logprobs
     assert 0 < mixed.accepted < mixed.drafted
 

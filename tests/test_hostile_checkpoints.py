@@ -55,13 +55,13 @@ class Refusal(str):
 
 def load(folder):
     """The message of the refusal, or the state dict. Fails on any other exception, or slowness."""
-    start = time.perf_counter()
+    start = time.process_time()  # a hang without work is for the test's own time limit
     try:
         return from_pretrained(folder).state_dict()
     except CheckpointError as error:
         return Refusal(error)
     finally:
-        assert time.perf_counter() - start < 5.0
+        assert time.process_time() - start < 5.0
 
 
 @pytest.fixture
@@ -317,6 +317,7 @@ def swap_shards(weight_map, folder):
         (lambda w, f: w.update({"lm_head.weight": 7}), "lm_head.weight maps to 7"),
         (lambda w, f: w.update({"lm_head.weight": [FILES[0]]}), "lm_head.weight maps to"),
         (lambda w, f: w.update({"phantom": FILES[0]}), "phantom"),
+        (lambda w, f: w.update({str(i): str(i) for i in range(10**5)}), "names 100002 files"),
         (lambda w, f: w.clear(), "`weight_map`"),
         (lambda w, f: '{"weight_map": []}', "`weight_map`"),
         (lambda w, f: "{}", "`weight_map`"),
