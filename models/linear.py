@@ -26,8 +26,9 @@ def exact() -> Iterator[None]:
 
     A library picks the order of a product's sums by the number of rows, so that a token's result
     depends, in its last bits, on how many tokens it is computed with. Inside this block it does
-    not: each row goes through the identical one-row call. Speculative decoding then emits exactly
-    the tokens of plain decoding. It costs the speed of a batch.
+    not: each row goes through the identical one-row call, and a 16-bit SSM state is rounded after
+    every token. (All other kernels compute a row the same way in any batch.) Speculative decoding
+    then emits exactly the tokens of plain decoding. It costs the speed of a batch.
     """
     before, _mode.exact = _mode.exact, True
     try:
@@ -41,11 +42,11 @@ def is_exact() -> bool:
     return _mode.exact
 
 
-def row_by_row(fn: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
-    """``fn(*rows)`` for tensors (N, D), in :func:`exact` mode one row at a time."""
-    if not _mode.exact or rows[0].shape[0] <= 1:
-        return fn(*rows)
-    return torch.cat([fn(*row) for row in zip(*(tensor.split(1) for tensor in rows))])
+def row_by_row(fn: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """``fn(rows)`` for rows (N, D), in :func:`exact` mode one row at a time."""
+    if not _mode.exact or rows.shape[0] <= 1:
+        return fn(rows)
+    return torch.cat([fn(row) for row in rows.split(1)])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -86,12 +86,11 @@ class Mamba2(Wide):
             D=self.D,
             dt_bias=self.dt_bias,
         )
-        rows = y.flatten(-2).flatten(0, -2), z.flatten(0, -2)
-        return self.out_proj(row_by_row(self._gated_norm, *rows).view(z.shape))
-
-    def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        size = self.config.d_inner // self.config.n_groups
-        return rmsnorm_fn(y, self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False)
+        size = c.d_inner // c.n_groups
+        y = rmsnorm_fn(
+            y.flatten(-2), self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False
+        )
+        return self.out_proj(y)
 
 
 class Attention(nn.Module):

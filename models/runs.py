@@ -223,10 +223,9 @@ class Decode:
             dt_softplus=(low, high) == (0.0, float("inf")),
         )
         places = torch.where(self.slots[:, None] < 0, -1, places)
-        packed = [t.flatten(0, 1) for t in (x, dt[..., None], B, C)]
         if is_exact():
-            return self._one_by_one(update, packed, places).view(x.shape)
-        x, dt, B, C = packed
+            return self._one_by_one(update, (x, dt[..., None], B, C), places)
+        x, dt, B, C = (t.flatten(0, 1) for t in (x, dt[..., None], B, C))
         return update(
             x=x,
             dt=dt,
@@ -241,21 +240,20 @@ class Decode:
         # Each token starts from the stored state of the one before, as in separate calls: a 16-bit
         # state is rounded at every token.
         out = []
-        for i, (x, dt, B, C) in enumerate(zip(*(t.split(1) for t in packed))):
-            row, token = slice(i // self.length, i // self.length + 1), i % self.length
-            start = self.accepted[row] if token == 0 else torch.full_like(self.accepted[row], token)
+        for token, (x, dt, B, C) in enumerate(zip(*(t.unbind(1) for t in packed))):
+            start = torch.full_like(self.accepted, token) if token else self.accepted
             out.append(
                 update(
                     x=x,
                     dt=dt,
                     B=B,
                     C=C,
-                    state_batch_indices=places[row],
+                    state_batch_indices=places,
                     num_accepted_tokens=start,
-                    dst_state_batch_indices=places[row, token : token + 1],
+                    dst_state_batch_indices=places[:, token : token + 1],
                 )
             )
-        return torch.cat(out)
+        return torch.stack(out, 1)
 
     def attend(self, layer, q, k, v):
         keys, values = self.state.keys[layer], self.state.values[layer]
