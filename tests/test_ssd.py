@@ -81,9 +81,11 @@ def test_fp64_equals_recurrence(shape, chunk):
 )
 def test_fp64_without_optional_inputs(drop, options):
     args = [None if i in drop else a for i, a in enumerate(inputs())]
-    want = plain(*args, softplus=options.get("dt_softplus", True),
-                 limit=options.get("dt_limit", (0, INF)))  # fmt: skip
-    for a, b in zip(ours(*args, **options), want):
+    outs = ours(*args, **options), plain(*args, softplus=options.get("dt_softplus", True),
+                                         limit=options.get("dt_limit", (0, INF)))  # fmt: skip
+    leaves = [a for a in args if a is not None]
+    grads = [torch.autograd.grad([(o * o).sum() for o in out], leaves) for out in outs]
+    for a, b in zip((*outs[0], *grads[0]), (*outs[1], *grads[1])):
         close(a, b)
 
 
@@ -147,17 +149,18 @@ LENGTHS = [5, 0, 8, 1, 13, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, 6])
-def test_packed_equals_separate_bit_for_bit(dtype, width):
+@pytest.mark.parametrize("shape", [(4, 6, 5, 4), (1, 1, 16, 32), (1, 16, 1, 32)])
+def test_packed_equals_separate_bit_for_bit(dtype, shape):
+    heads, width, state, chunk = shape
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     total, slack = int(bounds[-1]), 3
-    args = inputs(1, total + slack, width=width, groups=1, rows=len(LENGTHS), dtype=dtype)
+    args = inputs(1, total + slack, heads, width, 1, state, rows=len(LENGTHS), dtype=dtype)
     dout, dfinal = torch.randn_like(args[0]), torch.randn(args[8].shape, dtype=dtype)
     with torch.no_grad():
         for i in (0, 1, 3, 4, 6):
             args[i][:, total:] = torch.nan
         dout[:, total:] = torch.nan
-    out, final = ours(*args, cu_seqlens=bounds)
+    out, final = ours(*args, chunk=chunk, cu_seqlens=bounds)
     dfinal = dfinal.to(final.dtype)
     grads = torch.autograd.grad([out, final], args, [dout, dfinal])
     assert (out[:, total:] == 0).all()
@@ -167,7 +170,7 @@ def test_packed_equals_separate_bit_for_bit(dtype, width):
     for n, (lo, hi) in enumerate(zip(bounds[:-1], bounds[1:])):
         own = [a[:, lo:hi] if i in per_token else a for i, a in enumerate(args)]
         own = [a.detach().clone().requires_grad_() for a in [*own[:8], args[8][n : n + 1]]]
-        alone = ours(*own)
+        alone = ours(*own, chunk=chunk)
         assert torch.equal(out[:, lo:hi], alone[0]) and torch.equal(final[n : n + 1], alone[1])
         one = torch.autograd.grad(alone, own, [dout[:, lo:hi], dfinal[n : n + 1]])
         assert all(torch.equal(grads[i][:, lo:hi], one[i]) for i in per_token)
@@ -251,6 +254,18 @@ def test_fp32_matches():
     names = ["out", "final", "dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dinitial"]
     for name, *three in zip(names, [*got, *dgot], [*want, *dwant], [*plain_low, *dlow]):
         testing.assert_matches(*three, name)
+
+
+def test_decay_gradient_does_not_cancel():
+    """The last input reaches the final state undecayed: however large, dA keeps its bits."""
+    args = inputs(length=6, dtype=torch.float32)
+    grads = []
+    for size in (1.0, 1e8):
+        with torch.no_grad():
+            args[0][:, -1] = size
+        final = ours(*args, chunk=8)[1]
+        grads.append(torch.autograd.grad(final.sum(), args[2])[0])
+    assert torch.equal(*grads) and (grads[0] != 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
