@@ -88,15 +88,16 @@ def test_each_tensor_keeps_its_own_dtype():
 
 @pytest.mark.parametrize("before", [True, False])
 def test_any_strides(before):
-    projection = torch.randn(5, 7, 40)
-    z = projection[..., 3:19]
-    weight = torch.randn(32)[::2]
-    for x in (torch.randn(7, 5, 16).transpose(0, 1), torch.randn(5, 7, 48)[..., ::3],
-              torch.randn(1, 7, 16).expand(5, 7, 16)):  # fmt: skip
+    projection = torch.randn(5, 7, 300)
+    z = projection[..., 3:131]
+    weight = torch.randn(256)[::2]
+    rows, columns = torch.randn(7, 5, 128).transpose(0, 1), torch.randn(128, 7, 5).permute(2, 1, 0)
+    wide, repeated = torch.randn(5, 7, 384)[..., ::3], torch.randn(1, 7, 128).expand(5, 7, 128)
+    for x in (rows, columns, wide, repeated):
         strided, dense = [x, weight, z], [t.contiguous() for t in (x, weight, z)]
-        fn = lambda x, w, z: rmsnorm_fn(x, w, None, z, 1e-5, 8, before)  # noqa: E731
+        fn = lambda x, w, z: rmsnorm_fn(x, w, None, z, 1e-5, 64, before)  # noqa: E731
         assert fn(*strided).is_contiguous() and torch.equal(fn(*strided), fn(*dense))
-        dy = torch.randn(7, 5, 16).transpose(0, 1)
+        dy = torch.randn(7, 5, 128).transpose(0, 1)
         leaves = [t.detach().requires_grad_() for t in strided]
         got = torch.autograd.grad(fn(*leaves), leaves, dy)
         want = testing.gradients(fn, dense, [dy.contiguous()])[1]

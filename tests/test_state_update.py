@@ -100,11 +100,13 @@ def test_expanded_views_and_size_one_mean_the_same(dt_bias):
         assert torch.equal(y, results[0][0]) and torch.equal(state, results[0][1])
 
 
-def test_any_strides():
-    a = inputs(3, dtype=torch.float32)
-    cache = torch.randn(5, H + 1, N, P + 2)
-    view = cache[:, 1:, :, 2:].transpose(2, 3)
-    dense, before = view.clone(), cache.clone()
+@pytest.mark.parametrize("inside", [0, 1])
+def test_any_strides(inside):
+    """A state transposed, alone or inside a wider cache, and every input a view."""
+    a = inputs(3, dtype=torch.float32, states=72)
+    cache = torch.randn(5, H + inside, 72, P + inside)
+    view = cache[:, inside:, :, inside:].transpose(2, 3)
+    dense, before = view.clone(memory_format=torch.contiguous_format), cache.clone()
     wide = torch.randn(3, 2 * H * P + 8)
     wide[:, 3 : 3 + H * P] = a["z"].flatten(1)
     strided = dict(a, z=wide[:, 3 : 3 + H * P].unflatten(1, (H, P)))
@@ -114,7 +116,7 @@ def test_any_strides():
     y = selective_state_update(view, **strided, state_batch_indices=slots)
     want = selective_state_update(dense, **a, state_batch_indices=slots.int())
     assert torch.equal(y, want) and torch.equal(view, dense) and y.is_contiguous()
-    view.copy_(before[:, 1:, :, 2:].transpose(2, 3))
+    view.copy_(before[:, inside:, :, inside:].transpose(2, 3))
     assert torch.equal(cache, before)
 
 
@@ -163,15 +165,17 @@ def test_narrow_state_is_rounded_only_when_stored(dtype):
     assert torch.equal(narrow, wide.to(dtype))
 
 
-def test_softplus_and_decay_at_their_limits():
-    dt = torch.tensor([-200.0, -20.0, 20.0, 20.5, 200.0]).view(5, 1, 1)
-    one = torch.ones(5, 1, 1)
-    state = torch.full((5, 1, 1, 1), 2.0)
+@pytest.mark.parametrize("start", [0.0, 2.0])
+def test_softplus_and_decay_at_their_limits(start):
+    steps = [-1e4, -200.0, -20.0, 0.0, 10.5, 20.0, 20.5, 200.0, 1e4]
+    dt = torch.tensor(steps, dtype=torch.float64).view(-1, 1, 1)
+    one = torch.ones_like(dt)
+    state = torch.full((9, 1, 1, 1), start, dtype=torch.float64)
     y = selective_state_update(state, one, dt, -one[:1], one, one, dt_softplus=True)
-    d = dt.double().flatten().where(dt.flatten() > 20, dt.double().flatten().exp().log1p())
-    want = 2 * torch.exp(-d) + d
+    d = [s if s > 20 else math.log1p(math.exp(s)) for s in steps]
+    want = torch.tensor([start * math.exp(-v) + v for v in d], dtype=torch.float64)
     assert torch.equal(y, state[..., 0])
-    torch.testing.assert_close(y.flatten().double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(y.flatten(), want, rtol=1e-13, atol=0)
 
 
 def test_nan_stays_in_its_row():

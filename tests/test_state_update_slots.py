@@ -114,6 +114,11 @@ def test_start_slot_counts_accepted_tokens():
         same = selective_state_update(want, **args, state_batch_indices=torch.tensor([slot]))
         assert torch.equal(y, same) and torch.equal(got[1], want[slot])
         assert untouched(got, state, (1,))
+    got = state.clone()
+    y = selective_state_update(got, **take(args, [0, 0]),
+                               state_batch_indices=torch.tensor([[1, 2, 0], [-1, -1, -1]]),
+                               num_accepted_tokens=torch.tensor([3, 1 << 20]))  # fmt: skip
+    assert torch.equal(y[1], torch.zeros(H, P)) and untouched(got, state, (1,))
     with pytest.raises(ValueError, match="`num_accepted_tokens` holds 4, expected at most 3"):
         selective_state_update(state, **args, state_batch_indices=slots,
                                num_accepted_tokens=torch.tensor([4]))  # fmt: skip
@@ -128,6 +133,14 @@ def test_pad_rows_give_zero_and_touch_nothing():
     want = selective_state_update(only, **take(args, [0, 2]), state_batch_indices=slots[[0, 2]])
     assert torch.equal(y[[0, 2]], want) and torch.equal(y[1], torch.zeros(H, P))
     assert torch.equal(state, only) and untouched(state, before, (0, 3))
+
+
+def test_slots_past_the_last_token_are_not_used():
+    args, state = inputs(3), states(5)
+    before = state.clone()
+    slots = torch.tensor([[0, 3, 2], [3, 2, 77]])
+    selective_state_update(state, **args, state_batch_indices=slots, cu_seqlens=cu(1, 2))
+    assert untouched(state, before, (0, 3, 2)) and not untouched(state, before, (0, 3))
 
 
 def test_pads_in_packed_calls():
@@ -238,11 +251,11 @@ def test_stochastic_half_over_all_noise(value):
 
 
 def test_non_finite_values_survive_every_noise():
-    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38])
+    payloads = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32)
+    x = torch.cat([torch.tensor([torch.inf, -torch.inf, 3.4e38]), payloads.view(torch.float32)])
     for noise in (0, 1, 8191):
-        got = ref.stochastic_half(x, torch.full((4,), noise))
-        assert got[:2].tolist() == [torch.inf, -torch.inf] and got[2].isnan()
-        assert got[3] == torch.inf
+        got = ref.stochastic_half(x, torch.full((8,), noise))
+        assert got[:3].tolist() == [torch.inf, -torch.inf, torch.inf] and got[3:].isnan().all()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 1 << 40, (1 << 64) - 3])
@@ -261,10 +274,9 @@ def test_noise_is_philox_of_the_element_offset(seed):
 
 
 def test_offsets_past_32_bits_reach_the_counter():
-    slots = torch.tensor([0, (1 << 33) // 512])
+    slots = torch.tensor([0, 1 << 28])
     bits = ref.rounding_bits((4, 4, 32), slots, torch.tensor([5]), 5)
-    assert not torch.equal(bits[0], bits[1])
-    words = noise_by_definition(5, 1 << 33, 5)
+    words = noise_by_definition(5, 1 << 37, 5)
     want = [w >> shift & 0x1FFF for w in words for shift in (0, 16)]
     assert bits[1, 0, 0, :8].tolist() == want
 

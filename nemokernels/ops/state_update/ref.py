@@ -46,7 +46,7 @@ def forward(
     if dt_bias is not None:
         d = d + dt_bias.to(acc)
     if dt_softplus:
-        d = torch.where(d > 20, d, d.clamp(max=20).exp().log1p())
+        d = torch.where(d > 20, d, d.exp().log1p())
 
     y = torch.zeros(x.shape, dtype=acc, device=x.device)
     running = _wide(state[source], acc)
