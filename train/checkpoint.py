@@ -1,4 +1,4 @@
-"""Training checkpoints: sharded safetensors through torch.distributed.checkpoint, no pickle.
+"""Training checkpoints: sharded safetensors through torch.distributed.checkpoint.
 
 ``<out>/checkpoints/step-00000100/`` holds every rank's shards of the parameters, buffers and AdamW
 moments, and ``state.json``. It is written under a name that ends in ``.incomplete``, synced and

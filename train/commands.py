@@ -108,6 +108,7 @@ def train(
         save_every: steps between checkpoints.
         fresh: start over instead of continuing from the newest checkpoint in ``out``.
     """
+    settings.check()
     if save_every < 1:
         raise DataError(f"save_every must be at least 1, got {save_every}")
     beside = Path(model) if Path(model).is_dir() else Path(model).parent
@@ -162,7 +163,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        eos=model.config.eos_token_id,
+        eos=model.config.extra.get("eos_token_id"),
     )
     seconds = time.perf_counter() - started
     texts = [tokenizer.decode(row) for row in result.tokens]
@@ -173,7 +174,7 @@ def generate(
         "steps": result.steps,
         "drafted": result.drafted,
         "accepted": result.accepted,
-        "mean_accepted_length": result.mean_accepted_length,
+        "mean_accepted_length": result.tokens_per_step,
         "tokens_per_second": produced / seconds,
     }
     if as_json:

@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
             }
             for i in range(torch.cuda.device_count() if cuda else 0)
         ],
-        "extension": _ext.describe(),
+        "extension": _extension(),
         "ops": backends(),
     }
 
@@ -71,6 +71,11 @@ def run_selftest(console: Console) -> bool:
             table.add_row(family.name, name, verdict)
     console.print(table)
     return good
+
+
+def _extension() -> str:
+    path, why = _ext.find()
+    return why or f"{path} for {', '.join('sm_' + arch for arch in _ext.archs(path))}"
 
 
 def _version(name: str) -> str | None:

@@ -54,7 +54,8 @@ class Settings:
     seed: int = 0
     """Order of the data."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for sizes below 1, a schedule longer than the run, or reversed rates."""
         for name in ("steps", "seq_len", "windows", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -98,6 +99,7 @@ class Trainer:
         keep: int = 2,
         param_dtype: torch.dtype | None = None,
     ):
+        settings.check()
         self.settings, self.batches, self.out, self.keep = settings, batches, Path(out), keep
         self.rank, self.world, self.device = parallel.start()
         share = settings.windows // (self.world * settings.micro_batches)
