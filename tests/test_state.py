@@ -86,7 +86,8 @@ def test_prefill_and_decode_alternate(wide, sizes):
     for size in sizes:
         parts.append(decode(wide, state, tokens[:, at : at + size]))
         at += size
-    parts.append(wide(tokens[:, at:], state=state))
+    parts.append(wide(tokens[:, at : at + 3], state=state))  # after a decode call of several tokens
+    parts.append(decode(wide, state, tokens[:, at + 3 :]))
     assert_close(torch.cat(parts, 1), wide(tokens))
 
 
@@ -186,6 +187,7 @@ def test_padding_rows_touch_nothing(model, mode):
     only_padding = model(tokens[:2, :1], state=state, slots=slots(-1, -1), decode=True)
     state.accept()
     assert only_padding.isfinite().all() and state.lengths.tolist() == [0, 9, 8]
+    assert state.all_lengths[-1] == 0  # what padding rows read as their length
 
 
 def test_snapshot_restore_and_fork(model):
@@ -209,8 +211,11 @@ def test_reset_slot_starts_anew(model):
     model(tokens[:, :5], state=state)
     decode(model, state, tokens[:, 5:8], counts=[3, 2])
     kept = [t[1].clone() for t in state.snapshot()]
+    state.mtp_lengths.fill_(4)
     state.reset([0])
-    assert state.lengths.tolist() == [0, 7]
+    assert state.lengths.tolist() == [0, 7] and state.mtp_lengths.tolist() == [0, 4]
+    assert state.accepted.tolist() == [1, 2]
+    kept[-2] = torch.tensor(4)
     fresh = model.new_state(1, 16, draft_tokens=2)
     want = model(tokens[:1, :5], state=fresh)
     assert torch.equal(model(tokens[:1, :5], state=state, slots=slots(0)), want)
