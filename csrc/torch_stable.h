@@ -1,7 +1,7 @@
 // The only bridge to torch: its stable C++ ABI, so that one binary serves torch 2.11 and later.
 //
 // Schemas of the namespace nemokernels_C are defined in Python; C++ implements them under
-// NEMO_DEVICE_KEY. Compiled without CUDA the key is CPU and the kernels are loops (nemo/launch.h).
+// NEMO_DEVICE_KEY. Compiled without USE_CUDA the key is CPU and the kernels are loops (nemo/launch.h).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -35,18 +35,18 @@ class OnDevice {
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<Stream>(stream);
   }
-  ~OnDevice() noexcept(false) { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-
- public:
+  // Throws what a launch reported.
+  void check() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 #else
   explicit OnDevice(const Tensor&) {}
+  void check() const {}
 #endif
   Stream stream() const { return stream_; }
 
  private:
+#ifdef USE_CUDA
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
   Stream stream_ = nullptr;
 };
 

@@ -15,7 +15,10 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    torch.ops.load_library(_build.build_host(tmp_path_factory.mktemp("host")))
+    # Named by the hash of the sources, so workers and runs may share it.
+    folder = tmp_path_factory.getbasetemp().parent / "nemokernels-build"
+    folder.mkdir(exist_ok=True)
+    torch.ops.load_library(_build.build_host(folder))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -69,6 +69,7 @@ void forward(Tensor x, Tensor weight, Optional bias, Optional seq_idx, Optional 
     run_forward<T>(p, device.stream());
     if (states) run_states<T>(p, device.stream());
   });
+  device.check();
 }
 
 void backward(Tensor dy, Optional dfinal, Tensor x, Tensor weight, Optional bias, Optional seq_idx,
@@ -95,6 +96,7 @@ void backward(Tensor dy, Optional dfinal, Tensor x, Tensor weight, Optional bias
                 aligned(p.dy, sizeof(T)) && aligned(view(dx), sizeof(T));
     run_backward<T>(p, device.stream());
   });
+  device.check();
 }
 
 void update(Tensor x, Tensor conv_state, Tensor weight, Optional bias, bool silu,
@@ -116,6 +118,7 @@ void update(Tensor x, Tensor conv_state, Tensor weight, Optional bias, bool silu
   p.num_accepted = int32_data(num_accepted_tokens);
   p.slot = int32_data(conv_state_indices);
   with_dtype(x, [&](auto type) { run_update<decltype(type)>(p, device.stream()); });
+  device.check();
 }
 
 void varlen_states(Tensor x, Tensor cu_seqlens, Tensor states) {
@@ -131,6 +134,7 @@ void varlen_states(Tensor x, Tensor cu_seqlens, Tensor states) {
   p.states = view(states);
   p.state_len = states.size(1);
   with_dtype(x, [&](auto type) { run_states<decltype(type)>(p, device.stream()); });
+  device.check();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nemokernels_C, NEMO_DEVICE_KEY, m) {

@@ -10,13 +10,14 @@
 //     static NEMO_HD void finish(const Params&, int64_t block, int thread, Shared&);
 //   };
 //
-// Compiled as CUDA this is a grid of blocks. Compiled as plain C++ it is a loop over the same
-// blocks and threads: index arithmetic, tails and sequence logic can be tested without a GPU.
+// Compiled as CUDA this is a grid of blocks. Compiled as plain C++ (without USE_CUDA) it is a loop
+// over the same blocks and threads: index arithmetic, tails and sequence logic can be tested
+// without a GPU.
 #pragma once
 
 #include "nemo/core.h"
 
-#ifdef __CUDACC__
+#ifdef USE_CUDA
 #include <cuda_runtime.h>
 #endif
 
@@ -24,9 +25,13 @@ namespace nemo {
 
 struct Empty {};
 
-#ifdef __CUDACC__
-
+#ifdef USE_CUDA
 using Stream = cudaStream_t;
+#else
+using Stream = void*;
+#endif
+
+#ifdef __CUDACC__
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
@@ -44,9 +49,7 @@ void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream
   if (blocks > 0) run<Kernel><<<dim3(unsigned(blocks)), Kernel::kThreads, 0, stream>>>(params);
 }
 
-#else
-
-using Stream = void*;
+#elif !defined(USE_CUDA)
 
 template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t blocks, Stream) {

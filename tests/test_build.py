@@ -1,0 +1,199 @@
+"""Compiling csrc/, what the library asks of the loader, and wheels with and without it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemokernels import _build, _ext
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ("csrc", "nemokernels", "models", "train", "bench", "setup.py", "pyproject.toml",
+        "README.md", "LICENSE")  # fmt: skip
+needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="needs nvcc; none here")
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """Compiled objects, shared by workers and runs: each is named by the hash of its inputs."""
+    folder = tmp_path_factory.getbasetemp().parent / "nemokernels-build"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def library(cache):
+    return _build.build(["90a"])
+
+
+def output(*command, **kwargs):
+    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **kwargs}
+    done = subprocess.run(command, **kwargs)
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["90a", "100a"])
+def test_no_kernel_spills_registers(cache, arch):
+    units = _build._files(".cu")
+    units = units if arch == "90a" else [u for u in units if "bf16" in u.name]
+    assert units
+    for unit in units:
+        made, report = _build.compile_unit(unit, [arch], _build.find_nvcc())
+        assert report.count("Compiling entry function") > 0
+        assert _build.spills(report) == {}, f"{unit.name} for sm_{arch}"
+        assert f"sm_{arch}".encode() in made.read_bytes()
+
+
+def test_spills_are_read_from_the_report():
+    report = """ptxas info    : Compiling entry function '_Zgood' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function '_Zbad' for 'sm_90a'
+    8 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads"""
+    assert _build.spills(report) == {"_Zbad": 12}
+
+
+@needs_nvcc
+def test_library_asks_the_loader_only_for_the_stable_interface(library):
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-d", library))
+    assert {"libtorch_cuda.so", "libtorch_cpu.so", "libtorch.so"} <= set(needed)
+    assert not [n for n in needed if "python" in n or "c10" in n]
+    undefined = output("nm", "-DC", "--undefined-only", library)
+    assert "aoti_torch_get_current_cuda_stream" in undefined
+    assert not re.search(r"\b(at|c10|torch)::", undefined)
+    assert b"sm_90a" in library.read_bytes()
+
+
+@needs_nvcc
+def test_forward_moves_sixteen_bytes_at_a_time(cache):
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="needs cuobjdump, from CUDA or triton")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    unit = next(u for u in _build._files(".cu") if u.name == "inst_bf16.cu")
+    made, _ = _build.compile_unit(unit, ["90a"], _build.find_nvcc())
+    functions = output(tool, "-sass", made).split("Function : ")[1:]
+    names = [f for f in functions if "ForwardKernel" in f.split("\n")[0] and "LDG.E.128" in f]
+    assert len(names) == 3 and all("STG.E.128" in f for f in names)  # widths 2, 3 and 4
+
+
+@needs_nvcc
+def test_library_is_found_and_named_by_its_sources(library, cache, monkeypatch):
+    digest = _build.source_digest()
+    assert library.parent == cache / "nemokernels"
+    assert library.name == f"_C-{digest}-90a.so" and _ext.archs(library) == ["90a"]
+    _ext.find.cache_clear()
+    assert _ext.find() == (library, None)
+    monkeypatch.setattr(_build, "source_digest", lambda: "0" * 16)
+    _ext.find.cache_clear()
+    path, why = _ext.find()
+    assert path is None and "built from other sources" in why
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "empty"))
+    _ext.find.cache_clear()
+    assert _ext.find() == (None, "the CUDA library is not built; run `nemokernels build` "
+                           "(needs nvcc)")  # fmt: skip
+    _ext.find.cache_clear()
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_a_library_that_does_not_load_says_why(library):
+    assert re.search(r"does not load: libtorch_cuda\.so", _ext.load(library))
+
+
+def test_reasons(monkeypatch):
+    assert "this is cpu" in _ext.reason(torch.device("cpu"))
+    if torch.version.cuda is None:
+        assert "built without CUDA" in _ext.reason(torch.device("cuda"))
+    assert "needs sm_90 or newer, this device is sm_89" in _ext._reason_on((8, 9))
+    monkeypatch.setattr(_ext, "find", lambda: (Path("_C-0123-90a-100a.so"), None))
+    _ext._reason_on.cache_clear()
+    assert "built for sm_90a, sm_100a, this device is sm_120" in _ext._reason_on((12, 0))
+    _ext._reason_on.cache_clear()
+
+
+def test_bad_arguments(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"build: `archs` has '80', expected some of 90a"):
+        _build.build(["80"])
+    monkeypatch.setattr(_build, "local_archs", lambda: [])
+    with pytest.raises(ValueError, match="build: no supported GPU here; name `archs`"):
+        _build.build()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="build: no nvcc"):
+        _build.build(["90a"], out=tmp_path)
+    with pytest.raises(RuntimeError, match="No such file or directory"):
+        _build._run(["c++", str(tmp_path / "absent.cpp")])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy to build in; what a build leaves behind stays out of the sources."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(source, copy / name, ignore=ignore)
+        elif source.exists():
+            shutil.copy(source, copy / name)
+    return copy
+
+
+def build_wheel(tree, **environment):
+    env = {**os.environ, **environment}
+    env.pop("PYTHONPATH", None)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v",
+               "-w", str(tree / "out"), str(tree)]  # fmt: skip
+    said = output(*command, env=env)
+    (wheel,) = (tree / "out").iterdir()
+    return wheel, said
+
+
+def install(wheel, folder):
+    """A fresh environment with this wheel; torch comes from the environment that runs the tests."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    output(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel)
+    env = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    env["XDG_CACHE_HOME"] = str(folder)  # nothing that was built for somebody else
+
+    return lambda code: output(python, "-c", code, cwd=folder, env=env).split("\n")[:-1]
+
+
+def test_wheel_without_nvcc_is_pure_and_carries_the_sources(tree, tmp_path):
+    wheel, said = build_wheel(tree, PATH=str(tmp_path), CUDA_HOME="")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "csrc/ is not compiled: there is no nvcc" in said
+    home, csrc, digest, why = install(wheel, tmp_path / "venv")(
+        "import nemokernels.models, nemokernels.train\n"
+        "from nemokernels import _build, _ext\n"
+        "print(nemokernels.__path__[0], _build.source_dir(), sep='\\n')\n"
+        "print(_build.source_digest(), _ext.find()[1], sep='\\n')"
+    )
+    assert home.startswith(str(tmp_path)) and csrc == f"{home}/_csrc"
+    assert digest == _build.source_digest() and "not built" in why
+
+
+def test_asking_for_architectures_without_nvcc_fails(tree, tmp_path):
+    with pytest.raises(AssertionError, match="NEMOKERNELS_CUDA_ARCHS is set, but there is no nvcc"):
+        build_wheel(tree, PATH=str(tmp_path), CUDA_HOME="", NEMOKERNELS_CUDA_ARCHS="90a")
+
+
+@needs_nvcc
+def test_wheel_with_nvcc_holds_the_library(library, cache, tree, tmp_path):
+    wheel, _ = build_wheel(tree, NEMOKERNELS_CUDA_ARCHS="90a", XDG_CACHE_HOME=str(cache))
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    home, found = install(wheel, tmp_path / "venv")(
+        "import nemokernels; from nemokernels import _ext\n"
+        "print(nemokernels.__path__[0], _ext.find()[0], sep='\\n')"
+    )
+    assert home.startswith(str(tmp_path)) and found == f"{home}/{library.name}"

@@ -1,0 +1,50 @@
+"""What `import nemokernels` does and does not do, seen from fresh processes."""
+
+import subprocess
+import sys
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_touches_neither_triton_nor_the_library_nor_the_gpu():
+    run(
+        "import sys, torch\n"
+        "before = 'triton' in sys.modules\n"
+        "import nemokernels\n"
+        "assert ('triton' in sys.modules) == before\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not torch.ops.loaded_libraries, torch.ops.loaded_libraries\n"
+        "nemokernels.backends('cpu')\n"
+        "assert ('triton' in sys.modules) == before and not torch.cuda.is_initialized()\n"
+    )
+
+
+def test_everything_on_the_cpu_works_without_triton():
+    run(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, nemokernels, nemokernels.models\n"
+        "y = nemokernels.rms_norm(torch.ones(2, 8), torch.ones(8))\n"
+        "assert y.shape == (2, 8)\n"
+    )
+
+
+def test_import_is_cheap_beside_torch():
+    """Best of three, in processes whose files are already cached."""
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter()\n"
+        "import nemokernels; print((time.perf_counter() - b) / (b - a))"
+    )
+    assert min(float(run(code)) for _ in range(3)) < 0.5
+
+
+def test_names_are_what_they_say():
+    run(
+        "import nemokernels\n"
+        "assert sorted(nemokernels.__all__) == list(nemokernels.__all__)\n"
+        "for name in nemokernels.__all__: getattr(nemokernels, name)\n"
+    )
