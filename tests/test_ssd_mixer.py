@@ -24,7 +24,8 @@ def run(args, **options):
 
 
 def dense(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight=None,
-          outproj_weight=None, outproj_bias=None, before=True, activation="silu"):  # fmt: skip
+          outproj_weight=None, outproj_bias=None, before=True, activation="silu",
+          start=None, limit=(0.0, float("inf"))):  # fmt: skip
     """The mixer with the scan as one masked, decayed attention matrix."""
     mlp = (zxbcdt.shape[-1] - INNER - CHANNELS - HEADS) // 2
     up, value, z, xbc, dt = zxbcdt.split([mlp, mlp, INNER, CHANNELS, HEADS], -1)
@@ -34,12 +35,13 @@ def dense(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight=None
     x, B, C = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
     x = x.unflatten(-1, (HEADS, WIDTH))
     B, C = (v.unflatten(-1, (GROUPS, STATE)).repeat_interleave(HEADS // GROUPS, 2) for v in (B, C))
-    step = F.softplus(dt + dt_bias)
+    step = F.softplus(dt + dt_bias).clamp(*limit)
     decay = (step * A).cumsum(1)
+    carried = 0 if start is None else torch.einsum("blh,bhpn,blhn->blhp", decay.exp(), start, C)
     mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()[None, :, :, None]
     decay = (decay[:, :, None] - decay[:, None]).masked_fill(~mask, -torch.inf).exp()
     y = torch.einsum("blhn,bshn,blsh,bsh,bshp->blhp", C, B, decay, step, x)
-    y = (y + (D[:, None] if D.dim() == 1 else D) * x).flatten(2)
+    y = (y + carried + (D[:, None] if D.dim() == 1 else D) * x).flatten(2)
     if rmsnorm_weight is None:
         y = y * F.silu(z)
     else:
@@ -73,6 +75,13 @@ def test_head_dimension_from_skip_and_no_activation():
     args["D"] = torch.randn(HEADS, WIDTH, dtype=torch.float64)
     close(run(args, headdim=None), dense(**args))
     close(run(args, activation=None), dense(**args, activation=None))
+
+
+def test_initial_states_and_limits_reach_the_scan():
+    args, limit = inputs(), (0.3, 1.2)
+    start = torch.randn(2, HEADS, WIDTH, STATE, dtype=torch.float64)
+    want = dense(**args, start=start, limit=limit)
+    close(run(args, initial_states=start, dt_limit=limit), want)
 
 
 def test_packed_equals_separate_bit_for_bit():
