@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nemokernels import relu2, rms_norm
 from nemokernels.models import NemotronH, NemotronHConfig, build, exact, list_variants
-from nemokernels.models.linear import linear
+from nemokernels.models.linear import is_exact, linear
 
 VARIANTS = list_variants()
 
@@ -247,6 +247,14 @@ def test_compiles_to_one_graph(packed):
     assert torch.equal(a, b) and torch.equal(counts_a, counts_b) and counts_a.sum() > 0
     for x, y in zip(grads_a, grads_b):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_exact_mode_ends_with_its_block():
+    with exact():
+        with pytest.raises(RuntimeError), exact():
+            raise RuntimeError
+        assert is_exact()
+    assert not is_exact()
 
 
 def test_exact_mode_reaches_compiled_code():
