@@ -170,7 +170,7 @@ def unsafe(folder: Path, file: str) -> str | None:
     A symbolic link may only lead inside the folder, or, where the folder is a snapshot of the
     Hugging Face cache (``<repo>/snapshots/<revision>``), to that repository's ``blobs``.
     """
-    if not file or "/" in file or "\\" in file or "\0" in file or file in (".", ".."):
+    if not file or "/" in file or "\\" in file or file in (".", ".."):
         return "not a plain file name; a checkpoint's files lie directly in its folder"
     try:
         root = folder.resolve()

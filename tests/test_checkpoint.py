@@ -200,6 +200,15 @@ def test_shards_and_index(tmp_path):
         assert sum(sizes) <= 10_000 or len(sizes) == 1
 
 
+def test_a_shard_is_full_to_the_byte(tmp_path):
+    model = build(NemotronHConfig.from_dict(FIELDS), dtype=torch.bfloat16)
+    sizes = [math.prod(t.shape) * t.dtype.itemsize for t in checkpoint_spec(model.config).values()]
+    for short, first in [(0, 5), (1, 4)]:
+        folder = tmp_path / str(short)
+        save_pretrained(model, folder, max_shard_bytes=sum(sizes[:5]) - short)
+        assert len(load_file(min(folder.glob("*-00001-of-*.safetensors")))) == first
+
+
 def test_transformers_reads_and_writes_the_same(tmp_path):
     from transformers import AutoModelForCausalLM
 
