@@ -51,8 +51,9 @@ def mamba_chunk_scan_combined(
 
     * ``seq_idx``: tokens of one row with different ids do not see each other; chunks stay at
       multiples of ``chunk_size``. A sequence's tokens are adjacent and no id comes back later in
-      the row. Ids before a row count as 0: initial states reach only tokens with id 0. The final state is that of the row's last sequence. Negative ids are padding: the
-      output there is zero and the state passes through unchanged.
+      the row. Ids before a row count as 0: initial states reach only tokens with id 0. The final
+      state is that of the row's last sequence. Negative ids are padding: the output there is zero
+      and the state passes through unchanged.
     * ``cu_seqlens``: one row of packed sequences. Chunks restart at every sequence, so the result
       equals, bit for bit, that of each sequence alone; states are per sequence. Tokens after
       ``cu_seqlens[-1]`` are padding. Of ``seq_idx``, if given too, only the sign is used.
