@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -65,20 +67,43 @@ def test_low_precision(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_cast_points(dtype):
-    """hidden and each down row are rounded once, from wide products; so is the weighted sum."""
-    x, up, down, route = make(9, 5, 2, dtype)
-    y, hidden = ref.forward(x, up, down, route.weights, route.offsets, route.order)
-    for t in range(9):
-        total = torch.zeros(10)
-        for j, e in enumerate(route.experts[t].tolist()):
-            h = torch.nn.functional.linear(x[t : t + 1].float(), up[e].float()).relu() ** 2
-            row = (route.order == 2 * t + j).nonzero().item()
-            testing.assert_matches(hidden[row], h[0].double(), h[0].to(dtype))
-            out = torch.nn.functional.linear(hidden[row : row + 1].float(), down[e].float())
-            total += route.weights[t, j] * out[0].to(dtype).float()
-        error = (y[t].float() - total).abs()
-        # One rounding of the sum, and one more unit where a wide product fell on the other side.
-        assert (error <= 2 * torch.finfo(dtype).eps * total.abs().max()).all()
+    """Small integers make every wide sum exact, so that the stated roundings decide each bit."""
+    x, up, down, route = make(9, 5, 2)
+    x, up, down = (torch.randint_like(t, -3, 4).to(dtype) for t in (x, up, down))
+    weights = torch.randint(4, 8, (9, 2)) / 8
+    dy = torch.randint(-1, 2, (9, 10)).to(dtype)
+    args = (x, up, down, weights, route.offsets, route.order)
+    y, hidden = ref.forward(*args)
+    got = ref.backward(dy, *args, hidden)
+    cast = lambda t: t.to(dtype).float()  # noqa: E731
+    total, dx, dweights = torch.zeros(9, 10), torch.zeros(9, 10), torch.zeros(9, 2)
+    dup, ddown = torch.zeros(up.shape), torch.zeros(down.shape)
+    for t, j in itertools.product(range(9), range(2)):
+        e, w = route.experts[t, j], weights[t, j]
+        h = cast((up[e].float() @ x[t].float()).clamp(min=0).square())
+        g = down[e].float().T @ dy[t].float()
+        da = cast(2 * h.sqrt() * (w * g))
+        total[t] += w * cast(down[e].float() @ h)
+        dx[t] += cast(up[e].float().T @ da)
+        dweights[t, j] = h @ g
+        dup[e] += da[:, None] * x[t].float()
+        ddown[e] += dy[t].float()[:, None] * cast(w * h)
+    assert torch.equal(y, total.to(dtype))
+    for out, want, name in zip(got, (dx, dup, ddown, dweights), ("dx", "dup", "ddown", "dweights")):
+        assert torch.equal(out, want.to(out.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_hidden_is_rounded_once(dtype):
+    """Not before the square: the products are exact and wider than the dtype."""
+    x, up, down, route = make(30, 5, 1)
+    x = (torch.randint(-255, 256, x.shape) / 32).to(dtype)
+    up = torch.randint(-3, 4, up.shape).to(dtype)
+    _, hidden = ref.forward(x, up, down.to(dtype), route.weights, route.offsets, route.order)
+    wide = torch.einsum("tfx,tx->tf", up.float()[route.experts[:, 0]], x.float()).relu()
+    twice, once = wide.to(dtype).square(), wide.square().to(dtype)
+    assert not torch.equal(once, twice)
+    assert torch.equal(hidden, once[route.order.long()])
 
 
 def test_slots_are_summed_in_order():
