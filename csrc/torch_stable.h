@@ -1,7 +1,8 @@
 // The only bridge to torch: its stable C++ ABI, so that one binary serves torch 2.11 and later.
 //
 // Schemas of the namespace nemokernels_C are defined in Python; C++ implements them under
-// NEMO_DEVICE_KEY. Compiled without USE_CUDA the key is CPU and the kernels are loops (nemo/launch.h).
+// NEMO_DEVICE_KEY. Compiled without USE_CUDA the key is CPU and the kernels are loops (see
+// nemo/launch.h).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,6 +1,7 @@
 // Backward: one walk recomputes v, forms dv = dy * act'(v), and keeps in registers the W gradients
 // of inputs that are still collecting and the sums for weight and bias. Sums leave each block as
-// one row of `partial`; a second kernel adds the rows in order, so that equal inputs give equal bits.
+// one row of `partial`; a second kernel adds the rows in order, so that equal inputs give equal
+// bits.
 #pragma once
 
 #include "causal_conv1d/walk.cuh"

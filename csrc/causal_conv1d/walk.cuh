@@ -53,7 +53,8 @@ struct Span {
 
   NEMO_HD Span(const Problem& p, int64_t sequence_) : Span(p, sequence_, Whole{}) {}
 
-  // To the sequence of the token that `end` has reached; empty ones have no token.
+  // To the sequence of the token that `end` has reached. Passing over every sequence that ends
+  // before keeps the walk moving forward even where malformed boundaries decrease.
   NEMO_HD void advance(const Problem& p) {
     int64_t next = sequence + 1;
     while (next < p.sequences && p.cu_seqlens[next + 1] <= end) ++next;
