@@ -12,9 +12,9 @@ OPS = sorted(p.parent for p in (ROOT / "nemokernels/ops").glob("*/__init__.py"))
 SOURCES = sorted(
     p for folder in ("nemokernels", "models", "train") for p in (ROOT / folder).rglob("*.py")
 )
-TESTS = sorted((ROOT / "tests").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
-LINES = {"setup.py": 120, "kernel.py": 600}
+LINES = {"setup.py": 120}
 
 
 def lines(path):
@@ -41,7 +41,8 @@ def test_op_folder_is_complete(folder):
 
 @pytest.mark.parametrize("path", [ROOT / "setup.py", *SOURCES, *TESTS], ids=lambda p: p.name)
 def test_files_stay_small(path):
-    assert lines(path) <= LINES.get(path.name, 400)
+    kernel = path.parent.parent.name == "ops" and path.name.startswith("kernel")
+    assert lines(path) <= LINES.get(path.name, 600 if kernel else 400)
 
 
 @pytest.mark.parametrize("path", NATIVE, ids=lambda p: p.name)
@@ -56,7 +57,7 @@ def test_import_arrows(path):
     names = list(imports(path))
     if layer == "nemokernels":
         assert not [n for n in names if n.startswith(("nemokernels.models", "nemokernels.train"))]
-        if path.name != "kernel.py":
+        if not path.name.startswith("kernel") and path.name != "_tl.py":
             assert not [n for n in names if n == "triton" or n.startswith("triton.")]
     if layer == "models":
         assert not [n for n in names if n.startswith("nemokernels.train")]
@@ -73,6 +74,7 @@ def test_banned_calls(path):
         r"except( ImportError)?:\s*\n?\s*pass": "a swallowed error hides a broken build",
         r"triton\.autotune": "configurations are data, see plan()",
         r"make_block_ptr": "deprecated in Triton",
+        r"program_id\(\d\) \* stride": "32 bits overflow, use offset64",
         r"trust_remote_code": "no remote code",
     }
     for pattern, reason in banned.items():

@@ -2,12 +2,112 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
-from nemokernels._registry import acc_dtype, family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.rms_norm import ref
 
-FAMILY = family("rms_norm")
+FAMILY = family("rms_norm", {"triton": _triton.reason})
+
+# Elements of a row that one program keeps in registers, and per thread. Not measured.
+WIDEST = {"forward": 16384, "backward": 8192}
+PER_THREAD = {"forward": 32, "backward": 16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend runs and how it is launched; why not Triton if it is the reference.
+
+    ``rows`` of ``block`` columns at a time; a row wider than ``block`` is read in steps. The
+    backward runs ``programs``, each of which walks blocks of rows ``num_stages`` ahead.
+    """
+
+    backend: str
+    rows: int = 0
+    block: int = 0
+    programs: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    reason: str = ""
+
+
+def plan(
+    rows: int,
+    width: int,
+    backward: bool,
+    unsupported: str,
+    backends: tuple[str, ...],
+    processors: int,
+) -> Config:
+    """The configuration for ``rows`` rows of ``width``; ``unsupported`` says what bars Triton.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if "triton" not in backends or unsupported:
+        if "reference" not in backends:
+            raise RuntimeError(f"rms_norm: {unsupported or 'no backend can run here'}")
+        return Config("reference", reason=unsupported)
+    way = "backward" if backward else "forward"
+    block = _triton.next_power_of_2(width)
+    if block > WIDEST[way]:
+        return Config("triton", 8 if backward else 1, 4096, 2 * processors, 8, 1)
+    together = max(2048 // block, 1)
+    num_warps = min(max(together * block // (32 * PER_THREAD[way]), 1), 16)
+    programs = min(_triton.cdiv(max(rows, 1), together), processors * max(16 // num_warps, 1))
+    return Config("triton", together, block, programs, num_warps, 2)
+
+
+def _plan(x: torch.Tensor, *others: torch.Tensor, backward: bool = False) -> Config:
+    return plan(
+        math.prod(x.shape[:-1]), x.shape[-1], backward, _triton.unsupported(x, *others),
+        _backends.usable(FAMILY.name, x.device), _triton.processors(x.device),
+    )  # fmt: skip
+
+
+def _forward_cuda(x, weight, eps):
+    config = _plan(x, weight)
+    if config.backend == "reference":
+        return reference_on_cuda("rms_norm", ref.forward)(x, weight, eps)
+    from nemokernels.ops.rms_norm import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.forward(x, weight, eps, config)
+
+
+def _backward_cuda(dy, x, weight, rstd):
+    config = _plan(x, dy, weight, rstd, backward=True)
+    if config.backend == "reference":
+        return reference_on_cuda("rms_norm_backward", ref.backward)(dy, x, weight, rstd)
+    from nemokernels.ops.rms_norm import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.backward(dy, x, weight, rstd, config)
+
+
+def _add_cuda(x, residual, weight, eps):
+    config = _plan(x, residual, weight)
+    if config.backend == "reference":
+        return reference_on_cuda("add_rms_norm", ref.add_forward)(x, residual, weight, eps)
+    from nemokernels.ops.rms_norm import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.add_forward(x, residual, weight, eps, config)
+
+
+def _add_backward_cuda(dy, dtotal, total, weight, rstd, x_dtype):
+    config = _plan(total, dy, dtotal, weight, rstd, backward=True)
+    args = (dy, dtotal, total, weight, rstd, x_dtype)
+    if config.backend == "reference":
+        return reference_on_cuda("add_rms_norm_backward", ref.add_backward)(*args)
+    from nemokernels.ops.rms_norm import kernel
+
+    with torch.cuda.device_of(total):
+        return kernel.add_backward(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -28,7 +128,7 @@ def _example_add(device: torch.device, dtype: torch.dtype):
 def _example_add_backward(device: torch.device, dtype: torch.dtype):
     x, residual, weight, eps = _example_add(device, dtype)
     _, total, rstd = ref.add_forward(x, residual, weight, eps)
-    return torch.randn_like(x), torch.randn_like(total), total, weight, rstd, x.dtype
+    return torch.randn_like(x), torch.randn_like(total), total, weight, rstd, None
 
 
 def _rstd_like(x: torch.Tensor) -> torch.Tensor:
@@ -41,6 +141,7 @@ rms_norm_backward = register(
     reference=ref.backward,
     fake=lambda dy, x, weight, rstd: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     example=_example_backward,
+    cuda=_backward_cuda,
 )
 
 
@@ -61,6 +162,7 @@ rms_norm = register(
     reference=ref.forward,
     fake=lambda x, weight, eps: (x.new_empty(x.shape), _rstd_like(x)),
     example=_example,
+    cuda=_forward_cuda,
     setup_context=_setup,
     backward=_backward,
 )
@@ -68,14 +170,15 @@ rms_norm = register(
 add_rms_norm_backward = register(
     FAMILY,
     "add_rms_norm_backward(Tensor dy, Tensor dtotal, Tensor total, Tensor weight, Tensor rstd, "
-    "ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
+    "ScalarType? x_dtype) -> (Tensor, Tensor, Tensor)",
     reference=ref.add_backward,
     fake=lambda dy, dtotal, total, weight, rstd, x_dtype: (
-        total.new_empty(total.shape, dtype=x_dtype),
+        total.new_empty(0 if x_dtype is None else total.shape, dtype=x_dtype),
         total.new_empty(total.shape),
         weight.new_empty(weight.shape),
     ),
     example=_example_add_backward,
+    cuda=_add_backward_cuda,
 )
 
 
@@ -83,13 +186,13 @@ def _setup_add(ctx, inputs, output):
     x, _, weight, _ = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
-    ctx.x_dtype = x.dtype
+    ctx.x_dtype = None if x.dtype == total.dtype else x.dtype
     ctx.save_for_backward(total, weight, rstd)
 
 
 def _backward_add(ctx, dy, dtotal, _drstd):
     dx, dresidual, dweight = add_rms_norm_backward(dy, dtotal, *ctx.saved_tensors, ctx.x_dtype)
-    return dx, dresidual, dweight, None
+    return dresidual if ctx.x_dtype is None else dx, dresidual, dweight, None
 
 
 add_rms_norm = register(
@@ -102,6 +205,7 @@ add_rms_norm = register(
         _rstd_like(residual),
     ),
     example=_example_add,
+    cuda=_add_cuda,
     setup_context=_setup_add,
     backward=_backward_add,
 )

@@ -43,10 +43,15 @@ def add_backward(
     total: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
-    x_dtype: torch.dtype,
+    x_dtype: torch.dtype | None,
 ):
-    """ds = RMSNorm backward of dy at s, plus the gradient that reaches s directly."""
+    """ds = RMSNorm backward of dy at s, plus the gradient that reaches s directly.
+
+    Returns the gradients of x, of the residual and of the weight. ``x_dtype`` None says that x
+    has the residual's dtype: the first is empty (size 0) then, as it would repeat the second.
+    """
     acc = acc_dtype(total)
     dnorm, dweight = backward(dy.to(acc), total.to(acc), weight, rstd)
     ds = dnorm + dtotal.to(acc)
-    return ds.to(x_dtype), ds.to(total.dtype), dweight
+    dx = total.new_empty(0) if x_dtype is None else ds.to(x_dtype)
+    return dx, ds.to(total.dtype), dweight

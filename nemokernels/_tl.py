@@ -1,0 +1,72 @@
+"""Functions the Triton kernels share. Imported by ``kernel.py`` files only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nemokernels._triton import cdiv
+
+
+@triton.jit
+def offset64(index, stride):
+    """``index * stride`` in 64 bits. Every offset along an axis that may be long is made by this.
+
+    Both factors are 32-bit in Triton where they fit, and so would be their product.
+    """
+    return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); 0 and 1 at the infinities."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to the last digits in float32, for any x.
+
+    max(x, 0) + log1p(u) with u = exp(-|x|) <= 1, and log1p(u) = 2 atanh(s) with s = u / (2 + u).
+    As s <= 1/3, seven terms of the series leave 1.4e-8. The hardware's log2 is only good to 2**-22
+    absolutely, which is nothing like enough for log(1 + u) when u is small. Above 20 the result is
+    x, the threshold that torch applies.
+    """
+    u = tl.exp(-tl.abs(x))
+    s = u / (2.0 + u)
+    t = s * s
+    series = 1.0 / 11.0 + t * (1.0 / 13.0)
+    series = 1.0 / 9.0 + t * series
+    series = 1.0 / 7.0 + t * series
+    series = 1.0 / 5.0 + t * series
+    series = 1.0 / 3.0 + t * series
+    log1p = 2.0 * (s + s * t * series)
+    return tl.where(x > 0.0, x, 0.0) + log1p
+
+
+@triton.jit
+def column_sum_kernel(
+    partial_ptr, out_ptr, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        at = offset64(row, width)[:, None] + column[None, :]
+        total += tl.load(partial_ptr + at, mask=mask, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, 0), mask=column < width)
+
+
+def column_sum(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Sum of ``partial`` (rows, width), contiguous float32, over its rows, in a fixed order.
+
+    Second step of every gradient that is summed over rows: each program of the first step leaves
+    one row. Written to ``out``, contiguous with ``width`` elements, which is returned.
+    """
+    rows, width = partial.shape
+    if width:
+        grid = (cdiv(width, 32),)
+        column_sum_kernel[grid](partial, out, rows, width, BLOCK_ROWS=32, BLOCK=32, num_warps=4)
+    return out

@@ -1,0 +1,72 @@
+"""The host's side of the Triton kernels: where they can run, sizes of their blocks.
+
+Triton itself is imported by the ``kernel.py`` files and by ``_tl.py``, which they share; importing
+this module, and the package, needs none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels load and store
+OLDEST = (8, 0)  # older devices have no bfloat16
+
+
+class Specialisation(NamedTuple):
+    """A launch that matters, for the test that compiles without a GPU.
+
+    ``launch`` calls a launcher with meta tensors; every kernel in it is compiled as it stands,
+    none runs. ``label`` names the problem, for example ``"nano3 backward"``.
+    """
+
+    label: str
+    launch: Callable[[], object]
+
+
+def reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``; None if they can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, this is {device.type}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _reason_on(torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _reason_on(capability: tuple[int, int]) -> str | None:
+    if capability < OLDEST:
+        want, have = ("sm_{}{}".format(*c) for c in (OLDEST, capability))
+        return f"the Triton kernels need {want} or newer, this device is {have}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def unsupported(*tensors: torch.Tensor | None) -> str:
+    """Why the kernels cannot take these tensors' dtypes; empty if they can."""
+    wrong = [t.dtype for t in tensors if t is not None and t.dtype not in DTYPES]
+    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    return f"the Triton kernels take {names}, got {wrong[0]}" if wrong else ""
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)

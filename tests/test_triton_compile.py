@@ -1,0 +1,36 @@
+"""Every Triton kernel compiles for Hopper and Blackwell, and takes no more than it took before."""
+
+import json
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="no Triton, no Triton kernels")
+
+import triton_compile  # noqa: E402
+
+TABLE = json.loads(triton_compile.TABLE.read_text())
+LAUNCHES = triton_compile.specialisations()
+CASES = [(family, label, arch) for family, label in LAUNCHES for arch in triton_compile.ARCHS]
+
+
+@pytest.mark.parametrize("family, label, arch", CASES)
+def test_resources(family, label, arch):
+    """Registers, spills and shared memory of each kernel against the table."""
+    prefix = f"{family}/{label}/sm_{arch}/"
+    rows = {key.removeprefix(prefix): row for key, row in TABLE["kernels"].items()
+            if key.startswith(prefix)}  # fmt: skip
+    measured = triton_compile.measure(LAUNCHES[family, label], arch)
+    assert measured, "nothing was launched"
+    assert measured.keys() == rows.keys(), "run `python tests/triton_compile.py --update`"
+    if triton.__version__ == TABLE["triton"]:
+        for name, row in measured.items():
+            more = {what: (rows[name][what], now) for what, now in row.items()
+                    if now > rows[name][what]}  # fmt: skip
+            assert not more, (
+                f"{name} takes more than in triton_resources.json (before, now): {more}"
+            )
+
+
+def test_table_has_no_other_rows():
+    known = {f"{family}/{label}/sm_{arch}" for family, label, arch in CASES}
+    assert {key.rsplit("/", 1)[0] for key in TABLE["kernels"]} <= known
