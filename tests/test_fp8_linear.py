@@ -109,6 +109,23 @@ def test_gradients_use_the_format_asked_for():
         assert dx.item() == dw.item() == want
 
 
+def test_scale_of_a_gradient_fits_its_format():
+    """E5M2 reaches 2**-31 below its largest value; a scale made for E4M3 would lose the tail."""
+    x, weight, one = torch.ones(1, 1), torch.ones(2, 1), torch.ones(1)
+    dy = torch.tensor([[1.0, 2.0**-28]])
+    _, _, dw = run(x, weight, None, dy, x_scale=one, w_scale=one)
+    assert dw[1].item() == pytest.approx(2.0**-28, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_is_added_before_the_one_rounding(dtype):
+    x, weight = torch.randint(-8, 9, (64, 12)).to(dtype), torch.randint(-8, 9, (32, 12)).to(dtype)
+    bias, scales = torch.randn(32) * 7, as_scales((1.0, 1.0, 1.0))
+    want = (x.float() @ weight.float().t() + bias).to(dtype)
+    assert torch.equal(fp8_linear(x, weight, bias, **scales), want)
+    assert not torch.equal(fp8_linear(x, weight, **scales) + bias.to(dtype), want)
+
+
 def test_each_input_alone_can_need_a_gradient():
     x, weight, bias, dy = sample(6, 5, 8, torch.float32)
     _, dx, dw, db = run(x, weight, bias, dy)

@@ -77,7 +77,7 @@ def wide_range(rows, k, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("block_rows", [1, 16])
-@pytest.mark.parametrize("amax", [None, 3.7, 1e4, 1e-3])
+@pytest.mark.parametrize("amax", [None, 3.7, 1e4, 1e-3, 0.0, np.inf])
 def test_bit_exact_against_numpy(dtype, block_rows, amax):
     for x in (torch.randn(48, 80).to(dtype), wide_range(32, 2048, dtype)):
         given = None if amax is None else torch.tensor([amax])
@@ -96,6 +96,7 @@ def test_weight_export_bit_exact_against_numpy(dtype, amax):
 
 def test_every_bfloat16_rounds_as_ml_dtypes():
     x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert (ref.round_e2m1(x[x.isnan()].float()) == 7).all()
     x = x[~x.isnan()].float()
     want = np.clip(x.numpy(), F32(-6), F32(6)).astype(E2M1).view(np.uint8)
     assert np.array_equal(ref.round_e2m1(x).numpy(), want)
@@ -232,6 +233,9 @@ def test_one_amax_per_expert_or_row():
             alone = quantize(x[e])
             assert torch.equal(q.codes[e], alone.codes)
             assert torch.equal(wide[e], dequantize_nvfp4(*alone, dtype=torch.float32))
+    one = amax[:1].reshape(1, 1, 1, 1)
+    q = quantize_nvfp4(x[0], amax=one)
+    assert torch.equal(dequantize_nvfp4(*q), dequantize_nvfp4(*quantize_nvfp4(x[0])))
     rows = quantize_nvfp4(x[0], amax=x[0].abs().amax(1))
     assert torch.equal(rows.codes[5], quantize_nvfp4(x[0, 5]).codes)
 

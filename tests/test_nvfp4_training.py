@@ -30,7 +30,7 @@ def same(a, b):
 
 
 def exact_block(values):
-    """A row whose quantised values are the given ones times nothing: amax 2688, block scale 448."""
+    """With amax 2688 and a 6 in the block S is 1, the block scale 448: codes round these values."""
     return torch.tensor(values) * 448
 
 
@@ -96,6 +96,7 @@ def test_seed_decides_and_grid_does_not():
     amax = x.abs().max()
     q = quantize_nvfp4(x, seed=3)
     assert same(q, quantize_nvfp4(x, seed=torch.tensor([3])))
+    assert same(quantize_nvfp4(x, seed=(1 << 64) - 3), quantize_nvfp4(x, seed=torch.tensor(-3)))
     assert not same(q, quantize_nvfp4(x, seed=4)) and not same(q, quantize_nvfp4(x))
     assert same(q[1:], quantize_nvfp4(x)[1:])  # the noise reaches the codes alone
     head = quantize_nvfp4(x[:10], amax=amax, seed=3)
@@ -210,6 +211,17 @@ def test_linear_equals_dequantise_then_product(dtype, shape):
         assert got[0].dtype == dx.dtype == dtype
         testing.assert_matches(got[0], exact[0], low[0].to(dtype), "y")
         testing.assert_matches(dx, exact_dx, low_dx.to(dtype), "dx")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_rounds_the_weight_to_the_dtype_of_x(dtype):
+    """Differences of two weights show whether each was rounded first."""
+    q = quantized(32, 32)
+    weight = dequantize_nvfp4(*q, dtype=dtype).float()
+    x = (torch.eye(32) - torch.eye(32).roll(1, 1)).to(dtype)
+    y, (dx,) = testing.gradients(lambda a: nvfp4_linear(a, *q), [x], [x])
+    assert torch.equal(y[0], (x.float() @ weight.t()).to(dtype))
+    assert torch.equal(dx, (x.float() @ weight).to(dtype))
 
 
 def test_linear_gradcheck_strides_and_leading_axes():

@@ -58,7 +58,7 @@ def quantize_nvfp4(
 
     All in float32, in this order: ``S = min(2688 / amax, FLT_MAX)`` (1 where amax is 0 or
     infinite); ``s = e4m3(block_amax * (S * (1/6)))``, saturating at 448;
-    ``q = e2m1(clamp(x * min(1 / (s * (1/S)), FLT_MAX), -6, 6))``; ``global_scale = amax / 2688``.
+    ``q = e2m1(x * min(1 / (s * (1/S)), FLT_MAX))``, saturating; ``global_scale = amax / 2688``.
     Rounding is to nearest even, or stochastic with a seed: 8 random bits per element, which leaves
     the mean low by 1/512 of the spacing. The bits depend on the seed and the element's index alone.
 

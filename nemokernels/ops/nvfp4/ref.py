@@ -99,7 +99,7 @@ def quantize(
 
     S = min(2688 / amax, FLT_MAX), or 1 where amax is 0 or infinite; block scale
     s = e4m3(min(block amax * (S * (1/6)), FLT_MAX)), saturating; and with the rounded s
-    q = e2m1(clamp(x * min(1 / (s * (1/S)), FLT_MAX), -6, 6)).
+    q = e2m1(x * min(1 / (s * (1/S)), FLT_MAX)), saturating.
     """
     wide = x.float()
     amax = tensor_amax(x) if amax is None else amax.float()
@@ -111,8 +111,7 @@ def quantize(
     inverse = (1 / (scale.float() * (1 / encode))).clamp(max=FLOAT_MAX)
     scaled = wide * inverse.repeat_interleave(BLOCK, -1)
     noise = None if seed is None else noise_like(x, seed, stream)
-    codes = round_e2m1(scaled.clamp(-E2M1_MAX, E2M1_MAX), noise)
-    return pack(codes), scale.view(torch.uint8), global_scale(amax)
+    return pack(round_e2m1(scaled, noise)), scale.view(torch.uint8), global_scale(amax)
 
 
 def quantize_pair(
@@ -142,7 +141,7 @@ def quantize_weight(x: torch.Tensor, amax: torch.Tensor | None):
     g = amax / 2688; s = e4m3(clamp(block amax / (6 g), 2**-9, 448)), with 1 where the quotient is
     0; q = e2m1(x / (s * g)). Negative zero becomes positive.
     """
-    wide = x.float() + 0.0
+    wide = x.float()
     amax = tensor_amax(x) if amax is None else amax
     scale_2 = global_scale(amax)
     g = over(scale_2, x.dim())
