@@ -143,7 +143,8 @@ def compile_unit(
 def build_host(out: str | os.PathLike) -> Path:
     """The same kernels as loops over blocks and threads on the CPU, to test them without a GPU.
 
-    Implements nemokernels_C for CPU tensors; orders of magnitude slower than the references.
+    Implements nemokernels_C for CPU tensors. Undefined behaviour ends the process; a GPU would go
+    on with whatever it computed.
     """
     import torch
 
@@ -151,7 +152,8 @@ def build_host(out: str | os.PathLike) -> Path:
     target = Path(out) / f"_host-{source_digest()}.so"
     if target.exists():
         return target
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas",
+    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    flags = [*checks, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas",
              f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
              f"-I{source_dir()}", "-isystem", str(include)]  # fmt: skip
 
@@ -164,7 +166,7 @@ def build_host(out: str | os.PathLike) -> Path:
         objects = list(pool.map(compile_one, _files(".cu", ".cpp")))
         made = Path(work) / target.name
         libraries = [f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"]
-        _run(["c++", "-shared", "-o", str(made), *objects, *libraries])
+        _run(["c++", *checks, "-shared", "-o", str(made), *objects, *libraries])
         os.replace(made, target)
     return target
 

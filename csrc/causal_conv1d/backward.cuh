@@ -74,7 +74,7 @@ struct BackwardKernel {
                            const Span& span, int64_t token, int count, float (&sum)[W + 1][kVec]) {
     const int reach = int(smaller<int64_t>(count + W - 1, span.end - token));
     Window<T, W, kVec, kAligned> window;
-    window.fill(p, span, task, token);
+    window.fill(p, span, task.row, token, task.channel, task.valid);
     const T* x = static_cast<const T*>(p.x.data) + offset(task.row, p.x.row, token, p.x.step) +
                  task.channel;
     const T* dy = static_cast<const T*>(p.dy.data) + offset(task.row, p.dy.row, token, p.dy.step) +
@@ -199,13 +199,10 @@ struct InitialKernel {
     if (sequence >= p.sequences) return;
     const Span span(p, sequence);
     const int64_t row = p.cu_seqlens == nullptr ? sequence : 0;
-    Task<1> task(p, 0, 0);
-    task.row = row;
-    task.channel = index % p.dim;
-    task.valid = 1;
-    const Filter<W, 1> filter(p, task.channel, 1);
+    const int64_t channel = index % p.dim;
+    const Filter<W, 1> filter(p, channel, 1);
     Window<T, W, 1, false> window;
-    window.fill(p, span, task, span.begin);
+    window.fill(p, span, row, span.begin, channel, 1);
     float grad[W - 1];
 #pragma unroll
     for (int j = 0; j < W - 1; ++j) grad[j] = 0.0f;
@@ -215,10 +212,10 @@ struct InitialKernel {
       if (k >= length) break;
       const int64_t token = span.begin + k;
       const int32_t own = p.seq_idx != nullptr ? id_at(p, row, token) : 0;
-      float x[1] = {at<T>(p.x, row, token, task.channel)}, v[1];
+      float x[1] = {at<T>(p.x, row, token, channel)}, v[1];
       if (own >= 0) {
         filter.apply(window, x, own, v);
-        const float dy = at<T>(p.dy, row, token, task.channel);
+        const float dy = at<T>(p.dy, row, token, channel);
         const float dv = through_activation<T>(p.silu, dy, v[0]);
 #pragma unroll
         for (int j = k; j < W - 1; ++j) {
@@ -231,9 +228,9 @@ struct InitialKernel {
 #pragma unroll
     for (int j = 0; j < W - 1; ++j) {
       if (p.dfinal.data != nullptr && j >= length && carried(p, row, -1)) {
-        grad[j] += at<T>(p.dfinal, sequence, j - length, task.channel);
+        grad[j] += at<T>(p.dfinal, sequence, j - length, channel);
       }
-      to[offset(sequence, p.dinitial.row, j, p.dinitial.step, task.channel,
+      to[offset(sequence, p.dinitial.row, j, p.dinitial.step, channel,
                 p.dinitial.channel)] = from_float<T>(grad[j]);
     }
   }

@@ -34,7 +34,7 @@ struct ForwardKernel {
   static NEMO_HD void part(const Params& p, const Task<kVec>& task, const Filter<W, kVec>& filter,
                            const Span& span, int64_t token, int count) {
     Window<T, W, kVec, kAligned> window;
-    window.fill(p, span, task, token);
+    window.fill(p, span, task.row, token, task.channel, task.valid);
     const T* x = static_cast<const T*>(p.x.data) + offset(task.row, p.x.row, token, p.x.step) +
                  task.channel;
     T* y = static_cast<T*>(p.y) + offset(task.row, p.tokens * p.dim, token, p.dim) + task.channel;

@@ -108,23 +108,24 @@ struct Window {
   float tap[W - 1][kVec];
   int32_t id[W - 1];
 
-  // What lies in front of `token`.
-  NEMO_HD void fill(const Problem& p, const Span& span, const Task<kVec>& task, int64_t token) {
+  // What lies in front of `token`, of `valid` channels from `channel` on.
+  NEMO_HD void fill(const Problem& p, const Span& span, int64_t row, int64_t token, int64_t channel,
+                    int valid) {
 #pragma unroll
     for (int j = 0; j < W - 1; ++j) {
       const int64_t source = token - (W - 1) + j;
       if (source >= span.begin && source < p.tokens) {
         const T* x = static_cast<const T*>(p.x.data) +
-                     offset(task.row, p.x.row, source, p.x.step) + task.channel;
+                     offset(row, p.x.row, source, p.x.step) + channel;
         if constexpr (kAligned) {
-          to_floats(load_vec<true, kVec>(x, task.valid), tap[j]);
+          to_floats(load_vec<true, kVec>(x, valid), tap[j]);
         } else {
-          load_floats(x, 0, 1, task.valid, tap[j]);
+          load_floats(x, 0, 1, valid, tap[j]);
         }
       } else {
-        history<T>(p, span, source, task.channel, task.valid, tap[j]);
+        history<T>(p, span, source, channel, valid, tap[j]);
       }
-      id[j] = p.seq_idx != nullptr ? id_at(p, task.row, source) : 0;
+      id[j] = p.seq_idx != nullptr ? id_at(p, row, source) : 0;
     }
   }
 
