@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,23 @@ class Specialisation(NamedTuple):
 
     label: str
     launch: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Which backend runs a norm and how it is launched; why not Triton if it is the reference.
+
+    A program holds ``rows`` of ``block`` columns at a time. The backward runs ``programs`` side by
+    side, each of which walks blocks of rows and loads ``num_stages - 1`` of them ahead.
+    """
+
+    backend: str
+    rows: int = 0
+    block: int = 0
+    programs: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    reason: str = ""
 
 
 def reason(device: torch.device) -> str | None:
@@ -60,6 +78,19 @@ def unsupported(*tensors: torch.Tensor | None) -> str:
     wrong = [t.dtype for t in tensors if t is not None and t.dtype not in DTYPES]
     names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     return f"the Triton kernels take {names}, got {wrong[0]}" if wrong else ""
+
+
+def needs_reference(op: str, barred: str, backends: tuple[str, ...]) -> bool:
+    """Whether the reference runs: Triton is not among ``backends``, or ``barred`` says why not.
+
+    Raises:
+        RuntimeError: the reference is not among them either.
+    """
+    if "triton" in backends and not barred:
+        return False
+    if "reference" not in backends:
+        raise RuntimeError(f"{op}: {barred or 'no backend can run here'}")
+    return True
 
 
 def next_power_of_2(n: int) -> int:

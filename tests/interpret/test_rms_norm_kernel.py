@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from nemokernels import testing
+from nemokernels._triton import RowConfig
 from nemokernels.ops.rms_norm import kernel, op, ref
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-WIDE = {False: op.Config("triton", 1, 16, 4, 8, 1), True: op.Config("triton", 2, 16, 3, 8, 1)}
+WIDE = {False: RowConfig("triton", 1, 16, 4, 8, 1), True: RowConfig("triton", 2, 16, 3, 8, 1)}
 
 
 def config_of(rows, width, backward):
@@ -104,7 +105,7 @@ def test_rows_over_programs(programs):
     x, dy = torch.randn(2, 11, 40)
     weight = torch.randn(40)
     _, rstd = ref.forward(x, weight, 1e-5)
-    compare("backward", (dy, x, weight, rstd), op.Config("triton", 2, 64, programs, 4, 2))
+    compare("backward", (dy, x, weight, rstd), RowConfig("triton", 2, 64, programs, 4, 2))
 
 
 def test_a_nan_stays_in_its_row():
@@ -117,7 +118,7 @@ def test_a_nan_stays_in_its_row():
 
 def test_plan():
     everywhere = ("triton", "reference")
-    assert op.plan(8, 4096, False, "", everywhere, 132) == op.Config("triton", 1, 4096, 8, 4, 2)
+    assert op.plan(8, 4096, False, "", everywhere, 132) == RowConfig("triton", 1, 4096, 8, 4, 2)
     assert op.plan(32768, 8192, True, "", everywhere, 132).programs == 132
     assert op.plan(32768, 128, False, "", everywhere, 132).rows == 16
     for width in range(1, 20000, 7):
@@ -126,6 +127,6 @@ def test_plan():
             assert config.block & (config.block - 1) == 0
             assert width <= config.block or config.block == 4096
     float64 = op.plan(8, 8, False, "got float64", everywhere, 132)
-    assert float64 == op.Config("reference", reason="got float64")
+    assert float64 == RowConfig("reference", reason="got float64")
     with pytest.raises(RuntimeError, match="got float64"):
         op.plan(8, 8, False, "got float64", ("triton",), 132)

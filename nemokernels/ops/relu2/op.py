@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nemokernels._registry import family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import family, reference_on_cuda, register
 from nemokernels.ops.relu2 import ref
 
-FAMILY = family("relu2")
+FAMILY = family("relu2", {"triton": _triton.reason})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend runs, elements per program and warps; why not Triton if it does not."""
+
+    backend: str
+    block: int = 0
+    num_warps: int = 0
+    reason: str = ""
+
+
+def plan(elements: int, unsupported: str, backends: tuple[str, ...]) -> Config:
+    """The configuration for so many elements; ``unsupported`` says what bars Triton.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+        return Config("reference", reason=unsupported)
+    # 16 bytes per load of two-byte elements, two loads per thread. Not measured.
+    return Config("triton", 2048, 4) if elements >= 1 << 20 else Config("triton", 256, 1)
+
+
+def _plan(*tensors: torch.Tensor) -> Config:
+    backends = _backends.usable(FAMILY.name, tensors[0].device)
+    return plan(tensors[0].numel(), _triton.unsupported(*tensors), backends)
+
+
+def _forward_cuda(x):
+    config = _plan(x)
+    if config.backend == "reference":
+        return reference_on_cuda("relu2", ref.forward)(x)
+    from nemokernels.ops.relu2 import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.forward(x, config)
+
+
+def _backward_cuda(dy, x):
+    config = _plan(x, dy)
+    if config.backend == "reference":
+        return reference_on_cuda("relu2_backward", ref.backward)(dy, x)
+    from nemokernels.ops.relu2 import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.backward(dy, x, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -25,6 +75,7 @@ relu2_backward = register(
     reference=ref.backward,
     fake=lambda dy, x: x.new_empty(x.shape),
     example=_example_backward,
+    cuda=_backward_cuda,
 )
 
 
@@ -42,6 +93,7 @@ relu2 = register(
     reference=ref.forward,
     fake=lambda x: x.new_empty(x.shape),
     example=_example,
+    cuda=_forward_cuda,
     setup_context=_setup,
     backward=_backward,
 )

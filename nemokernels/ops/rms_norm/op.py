@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from nemokernels import _backends, _triton
 from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._triton import RowConfig
 from nemokernels.ops.rms_norm import ref
 
 FAMILY = family("rms_norm", {"triton": _triton.reason})
@@ -18,23 +18,6 @@ WIDEST = {"forward": 16384, "backward": 8192}
 PER_THREAD = {"forward": 32, "backward": 16}
 
 
-@dataclass(frozen=True)
-class Config:
-    """Which backend runs and how it is launched; why not Triton if it is the reference.
-
-    ``rows`` of ``block`` columns at a time; a row wider than ``block`` is read in steps. The
-    backward runs ``programs``, each of which walks blocks of rows ``num_stages`` ahead.
-    """
-
-    backend: str
-    rows: int = 0
-    block: int = 0
-    programs: int = 0
-    num_warps: int = 0
-    num_stages: int = 0
-    reason: str = ""
-
-
 def plan(
     rows: int,
     width: int,
@@ -42,27 +25,25 @@ def plan(
     unsupported: str,
     backends: tuple[str, ...],
     processors: int,
-) -> Config:
+) -> RowConfig:
     """The configuration for ``rows`` rows of ``width``; ``unsupported`` says what bars Triton.
 
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
-    if "triton" not in backends or unsupported:
-        if "reference" not in backends:
-            raise RuntimeError(f"rms_norm: {unsupported or 'no backend can run here'}")
-        return Config("reference", reason=unsupported)
+    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+        return RowConfig("reference", reason=unsupported)
     way = "backward" if backward else "forward"
     block = _triton.next_power_of_2(width)
     if block > WIDEST[way]:
-        return Config("triton", 8 if backward else 1, 4096, 2 * processors, 8, 1)
+        return RowConfig("triton", 8 if backward else 1, 4096, 2 * processors, 8, 1)
     together = max(2048 // block, 1)
     num_warps = min(max(together * block // (32 * PER_THREAD[way]), 1), 16)
     programs = min(_triton.cdiv(max(rows, 1), together), processors * max(16 // num_warps, 1))
-    return Config("triton", together, block, programs, num_warps, 2)
+    return RowConfig("triton", together, block, programs, num_warps, 2)
 
 
-def _plan(x: torch.Tensor, *others: torch.Tensor, backward: bool = False) -> Config:
+def _plan(x: torch.Tensor, *others: torch.Tensor, backward: bool = False) -> RowConfig:
     return plan(
         math.prod(x.shape[:-1]), x.shape[-1], backward, _triton.unsupported(x, *others),
         _backends.usable(FAMILY.name, x.device), _triton.processors(x.device),
