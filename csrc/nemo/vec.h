@@ -1,6 +1,7 @@
 // Moving kVec neighbouring elements between memory and float registers.
 #pragma once
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "nemo/core.h"
@@ -47,6 +48,11 @@ NEMO_HD Vec<T, kVec> from_floats(const float (&in)[kVec]) {
   return out;
 }
 
+// A GPU faults on such an access; so does the host.
+inline void check_aligned(const void* p, size_t size) {
+  if (reinterpret_cast<uintptr_t>(p) % size != 0) std::abort();
+}
+
 // kVec elements from p as one access if aligned, else the first `valid` one by one, zeros after.
 // The memory must not change while the kernel runs.
 template <bool kAligned, int kVec, class T>
@@ -63,7 +69,8 @@ NEMO_HD Vec<T, kVec> load_vec(const T* p, int valid) {
       out.word[0] = in.x, out.word[1] = in.y;
     }
 #else
-    std::memcpy(&out, __builtin_assume_aligned(p, sizeof out), sizeof out);
+    check_aligned(p, sizeof out);
+    std::memcpy(&out, p, sizeof out);
 #endif
   } else {
     float values[kVec];
@@ -85,7 +92,8 @@ NEMO_HD void store_vec(T* p, const float (&values)[kVec], int valid) {
       *reinterpret_cast<uint2*>(p) = {out.word[0], out.word[1]};
     }
 #else
-    std::memcpy(__builtin_assume_aligned(p, sizeof out), &out, sizeof out);
+    check_aligned(p, sizeof out);
+    std::memcpy(p, &out, sizeof out);
 #endif
   } else {
 #pragma unroll
