@@ -41,7 +41,7 @@ def everything(x, residual, weight, dy, configs):
 
 
 @pytest.mark.parametrize("dtype, wider", [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32)])
-@pytest.mark.parametrize("rows, width", [(1, 1), (3, 7), (7, 64), (5, 200), (37, 33), (2, 2688)])
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 7), (7, 64), (37, 33), (1, 2688)])
 def test_against_the_reference(rows, width, dtype, wider):
     x, dy = torch.randn(2, rows, width).to(dtype)
     residual, weight = torch.randn(rows, width).to(wider), torch.randn(width).to(wider)

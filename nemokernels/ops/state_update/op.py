@@ -2,12 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nemokernels._registry import family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import family, reference_on_cuda, register
 from nemokernels.ops.state_update import ref
 
-FAMILY = family("state_update")
+FAMILY = family("state_update", {"triton": _triton.reason})
+
+WIDEST = 8192  # state size N; a program holds at least one whole row
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend runs, rows of P and padded N per program; why not Triton if it does not."""
+
+    backend: str
+    block_p: int = 0
+    block_n: int = 0
+    num_warps: int = 0
+    reason: str = ""
+
+
+def plan(
+    sequences: int,
+    H: int,
+    P: int,
+    N: int,
+    dtype: torch.dtype,
+    unsupported: str,
+    backends: tuple[str, ...],
+    processors: int,
+) -> Config:
+    """The configuration for so many sequences and states of ``dtype``.
+
+    ``unsupported`` says what bars Triton.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if not unsupported and N > WIDEST:
+        unsupported = f"the Triton kernel takes state sizes up to {WIDEST}, got {N}"
+    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+        return Config("reference", reason=unsupported)
+    # 64 bytes of state per thread in flight; P is split until every multiprocessor has two
+    # programs. Not measured.
+    block_n = max(_triton.next_power_of_2(N), 8)
+    per_thread = 64 // dtype.itemsize
+    block_p = min(_triton.next_power_of_2(P), max(4 * 32 * per_thread // block_n, 1))
+    while block_p > 4 and sequences * H * _triton.cdiv(P, block_p) < 2 * processors:
+        block_p //= 2
+    num_warps = min(max(block_p * block_n // (32 * per_thread), 1), 8)
+    return Config("triton", block_p, block_n, num_warps)
+
+
+def _update_cuda(
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, source, target, accepted, cu_seqlens, seed,
+    rounds,
+):  # fmt: skip
+    args = (
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, source, target, accepted, cu_seqlens,
+        seed, rounds,
+    )  # fmt: skip
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = plan(
+        sequences, *state.shape[1:], state.dtype,
+        _triton.unsupported(state, x, dt, A, B, C, D, z, dt_bias),
+        _backends.usable(FAMILY.name, x.device), _triton.processors(x.device),
+    )  # fmt: skip
+    if config.backend == "reference":
+        return reference_on_cuda("selective_state_update", ref.forward)(*args)
+    from nemokernels.ops.state_update import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.update(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -35,4 +105,5 @@ selective_state_update = register(
     reference=ref.forward,
     fake=lambda state, x, *rest: x.new_empty(x.shape),
     example=_example,
+    cuda=_update_cuda,
 )
