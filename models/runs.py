@@ -14,7 +14,6 @@ import functools
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from nemokernels import (
     attention,
@@ -24,6 +23,7 @@ from nemokernels import (
     mamba_chunk_scan_combined,
     selective_state_update,
 )
+from nemokernels._activations import softplus
 from nemokernels._checks import check, check_tensor
 from nemokernels._registry import acc_dtype
 from nemokernels.models.config import NemotronHConfig
@@ -212,7 +212,7 @@ class Decode:
         )
         low, high = self.config.time_step_limit
         if (low, high) != (0.0, float("inf")):  # the recurrent kernel has no limit of its own
-            dt = F.softplus(dt.to(acc_dtype(x)) + dt_bias).clamp(low, high)
+            dt = softplus(dt.to(acc_dtype(x)) + dt_bias).clamp(low, high)
             dt_bias = torch.zeros_like(dt_bias)
         update = functools.partial(
             selective_state_update,

@@ -73,7 +73,7 @@ def causal_conv1d_fn(
                      device=x.device)  # fmt: skip
     if cu_seqlens is not None:
         _check_bounds(fn, cu_seqlens, x.device)
-        check(fn, batch == 1, f"`x` must have one row with `cu_seqlens`, got B = {batch}")
+        check(fn, batch == 1, "`x` must have one row with `cu_seqlens`, got B = {}", batch)
         sequences = cu_seqlens.shape[0] - 1
     states = {"initial_states": initial_states, "final_states_out": final_states_out}
     for name, state in states.items():
@@ -147,7 +147,7 @@ def causal_conv1d_update(
     fn = "causal_conv1d_update"
     check_tensor(fn, "x", x, dtypes=FLOATS)
     check(fn, x.dim() in (2, 3),
-          f"`x` has shape {tuple(x.shape)}, expected (B, dim) or (B, dim, T)")  # fmt: skip
+          "`x` has shape {}, expected (B, dim) or (B, dim, T)", tuple(x.shape))  # fmt: skip
     batch, dim = x.shape[:2]
     tokens = x.shape[2] if x.dim() == 3 else 1
     _check_filter(fn, x, weight, bias)
@@ -155,12 +155,18 @@ def causal_conv1d_update(
     check_tensor(fn, "conv_state", conv_state, shape=(slots, dim, None), dims="(slots, dim, L)",
                  dtypes=(x.dtype,), device=x.device)  # fmt: skip
     length, width = conv_state.shape[2], weight.shape[1]
-    check(fn, length >= width - 1, f"`conv_state` keeps {length} entries, expected >= {width - 1}")
+    check(
+        fn, length >= width - 1, "`conv_state` keeps {} entries, expected >= {}", length, width - 1
+    )
     check(fn, cache_seqlens is None or num_accepted_tokens is None,
           "`cache_seqlens` and `num_accepted_tokens` exclude each other, got both")  # fmt: skip
-    check(fn, num_accepted_tokens is None or tokens <= length - width + 2,
-          f"`x` has {tokens} tokens, expected at most {length - width + 2} "
-          "(L - W + 2) with num_accepted_tokens")  # fmt: skip
+    check(
+        fn,
+        num_accepted_tokens is None or tokens <= length - width + 2,
+        "`x` has {} tokens, expected at most {} (L - W + 2) with num_accepted_tokens",
+        tokens,
+        length - width + 2,
+    )
     per_row = {
         "cache_seqlens": cache_seqlens,
         "conv_state_indices": conv_state_indices,
@@ -205,7 +211,7 @@ def causal_conv1d_varlen_states(
     fn = "causal_conv1d_varlen_states"
     check_tensor(fn, "x", x, shape=(None, None), dims="(tokens, dim)", dtypes=FLOATS)
     _check_bounds(fn, cu_seqlens, x.device)
-    check(fn, state_len >= 1, f"`state_len` must be at least 1, got {state_len}")
+    check(fn, state_len >= 1, "`state_len` must be at least 1, got {}", state_len)
     return op.causal_conv1d_varlen_states(x, cu_seqlens, state_len).transpose(1, 2)
 
 
@@ -214,7 +220,7 @@ def _check_filter(fn, x, weight, bias) -> None:
     check_tensor(fn, "weight", weight, shape=(dim, None), dims="(dim, W)", dtypes=FLOATS,
                  device=x.device)  # fmt: skip
     check(fn, 2 <= weight.shape[1] <= 4,
-          f"`weight` has {weight.shape[1]} taps, expected 2, 3 or 4")  # fmt: skip
+          "`weight` has {} taps, expected 2, 3 or 4", weight.shape[1])  # fmt: skip
     if bias is not None:
         check_tensor(fn, "bias", bias, shape=(dim,), dims="(dim,)", dtypes=FLOATS,
                      device=x.device)  # fmt: skip
@@ -228,5 +234,5 @@ def _check_bounds(fn, cu_seqlens, device) -> None:
 
 def _is_silu(fn, activation) -> bool:
     check(fn, activation in (None, "silu", "swish"),
-          f'`activation` is {activation!r}, expected None, "silu" or "swish"')  # fmt: skip
+          "`activation` is {!r}, expected None, \"silu\" or \"swish\"", activation)  # fmt: skip
     return activation is not None

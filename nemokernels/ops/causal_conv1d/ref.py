@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from nemokernels import _activations
 from nemokernels._registry import acc_dtype
 
 
@@ -111,7 +112,7 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, s
     dv = dy[:, : frame.tokens].to(acc)
     if silu:
         v = frame.preactivation(weight, bias, acc)
-        gate = 1 / (1 + torch.exp(-v))
+        gate = _activations.sigmoid(v)
         dv = dv * (gate * (1 + v * (1 - gate)))
     if frame.ids is not None:
         dv = torch.where(frame.padding(), 0, dv)
@@ -191,6 +192,4 @@ def varlen_states(x, cu_seqlens, state_len: int):
 
 
 def _activate(v, silu: bool):
-    # torch.sigmoid and silu round a vector's tail differently from its body; exp does not, and
-    # packed and separate sequences must agree bit for bit.
-    return v / (1 + torch.exp(-v)) if silu else v
+    return _activations.silu(v) if silu else v

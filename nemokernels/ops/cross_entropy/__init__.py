@@ -69,7 +69,7 @@ def linear_cross_entropy(
           "`label_smoothing` must be in [0, 1], got {}", label_smoothing)  # fmt: skip
     check(_NAME, z_loss >= 0.0, "`z_loss` must not be negative, got {}", z_loss)
     check(_NAME, reduction in _REDUCTIONS,
-          f"`reduction` must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")  # fmt: skip
+          "`reduction` must be one of {}, got {!r}", ', '.join(_REDUCTIONS), reduction)  # fmt: skip
     hidden, weight = autocast(hidden, weight)
     check_tensor(_NAME, "weight", weight, dtypes=(hidden.dtype,))
     loss, _ = op.linear_cross_entropy(

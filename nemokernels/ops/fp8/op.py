@@ -6,6 +6,8 @@ no comparison and no sum for float8, which opcheck and autograd's own utilities 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from nemokernels._registry import family, register
@@ -154,7 +156,7 @@ def _backward(ctx, dy, *_):
 def _fake_linear(
     x, weight, bias, x_scale, w_scale, dy_scale, dy_amax, grad_dtype, need_dx, need_dw
 ):
-    rows, (n, k) = x.shape[:-1].numel(), weight.shape
+    rows, (n, k) = math.prod(x.shape[:-1]), weight.shape
     return (
         x.new_empty((*x.shape[:-1], n)),
         x.new_empty((2,), dtype=torch.float32),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from nemokernels._activations import sigmoid, silu
 from nemokernels._registry import acc_dtype
 
 
@@ -27,7 +28,7 @@ def forward(
     """
     acc = acc_dtype(x)
     v = _wide(x, acc)
-    gate = None if z is None else _silu(_wide(z, acc))
+    gate = None if z is None else silu(_wide(z, acc))
     if gate is not None and not norm_before_gate:
         v = v * gate
     rstd = torch.rsqrt(_grouped(v, group_size).square().mean(-1) + eps)
@@ -60,7 +61,7 @@ def backward(
     gate = dgate = None
     if z is not None:
         wide = _wide(z, acc)
-        sig = _sigmoid(wide)
+        sig = sigmoid(wide)
         gate, slope = wide * sig, sig * (1 + wide * (1 - sig))
     v = u * gate if gate is not None and not norm_before_gate else u
     xhat = _normalise(v, rstd, group_size)
@@ -78,16 +79,6 @@ def backward(
     dbias = x.new_empty(0) if bias is None else g.reshape(rows).sum(0).to(bias.dtype)
     dz = x.new_empty(0) if z is None else (dgate * slope).to(z.dtype)
     return dv.to(x.dtype), dweight, dbias, dz
-
-
-def _sigmoid(z: torch.Tensor) -> torch.Tensor:
-    # torch.sigmoid has other bits in its scalar tail than in its vector body, so that a row would
-    # depend on the rows around it; torch.exp has not.
-    return 1 / (1 + torch.exp(-z))
-
-
-def _silu(z: torch.Tensor) -> torch.Tensor:
-    return z * _sigmoid(z)
 
 
 def _wide(t: torch.Tensor, acc: torch.dtype) -> torch.Tensor:

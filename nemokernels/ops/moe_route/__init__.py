@@ -78,14 +78,24 @@ def moe_route(
     check_tensor(where, "logits", logits, shape=(None, None), dims="(T, E)", dtypes=FLOATS)
     tokens, experts = logits.shape
     check(where, n_group >= 1 and experts % n_group == 0 and experts > 0,
-          f"`n_group` must divide the number of experts {experts}, got {n_group}")  # fmt: skip
-    check(where, 1 <= topk_group <= n_group,
-          f"`topk_group` must be between 1 and n_group = {n_group}, got {topk_group}")  # fmt: skip
+          "`n_group` must divide the number of experts {}, got {}", experts, n_group)  # fmt: skip
+    check(
+        where,
+        1 <= topk_group <= n_group,
+        "`topk_group` must be between 1 and n_group = {}, got {}",
+        n_group,
+        topk_group,
+    )
     eligible = experts // n_group * topk_group
     check(where, 1 <= top_k <= eligible,
-          f"`top_k` must be in 1 to {eligible} (eligible experts), got {top_k}")  # fmt: skip
-    check(where, tokens * top_k < 2**31,
-          f"`logits` has {tokens} tokens, too many for 32-bit rows with top_k {top_k}")  # fmt: skip
+          "`top_k` must be in 1 to {} (eligible experts), got {}", eligible, top_k)  # fmt: skip
+    check(
+        where,
+        tokens * top_k < 2**31,
+        "`logits` has {} tokens, too many for 32-bit rows with top_k {}",
+        tokens,
+        top_k,
+    )
     if correction_bias is not None:
         check_tensor(where, "correction_bias", correction_bias, shape=(experts,), dims="(E,)",
                      dtypes=FLOATS, device=logits.device)  # fmt: skip
@@ -127,16 +137,16 @@ def balance_loss(
     where = "balance_loss"
     check_tensor(where, "logits", logits, dtypes=FLOATS)
     check(where, logits.dim() in (2, 3),
-          f"`logits` must be (T, E) or (B, T, E), got shape {tuple(logits.shape)}")  # fmt: skip
+          "`logits` must be (T, E) or (B, T, E), got shape {}", tuple(logits.shape))  # fmt: skip
     experts = logits.shape[-1]
     check(where, 1 <= top_k <= experts,
-          f"`top_k` must be in 1 to {experts} (experts), got {top_k}")  # fmt: skip
+          "`top_k` must be in 1 to {} (experts), got {}", experts, top_k)  # fmt: skip
     if cu_seqlens is None:
         batch, length = (1, logits.shape[0]) if logits.dim() == 2 else logits.shape[:2]
         ends = length * torch.arange(1, batch + 1, device=logits.device)
     else:
         check(where, logits.dim() == 2,
-              f"`cu_seqlens` needs (T, E) `logits`, got shape {tuple(logits.shape)}")  # fmt: skip
+              "`cu_seqlens` needs (T, E) `logits`, got shape {}", tuple(logits.shape))  # fmt: skip
         check_tensor(where, "cu_seqlens", cu_seqlens, shape=(None,), dims="(n + 1,)",
                      dtypes=(torch.int32, torch.int64), device=logits.device)  # fmt: skip
         check(where, cu_seqlens.numel() >= 1, "`cu_seqlens` needs at least one entry, got none")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from nemokernels._activations import sigmoid
 from nemokernels._registry import acc_dtype
 
 SUM_EPS = 1e-20
@@ -28,7 +29,7 @@ def forward(
 ):
     """Returns weights (T, k), experts (T, k), counts (E), offsets (E) and order (R)."""
     acc = acc_dtype(logits)
-    scores = logits.to(acc).contiguous().sigmoid()  # strided loops may round otherwise
+    scores = sigmoid(logits.to(acc))
     choice = scores if correction_bias is None else scores + correction_bias.to(acc)
     experts = select(choice, top_k, n_group, topk_group)
     weights = scores.gather(1, experts)
@@ -87,11 +88,11 @@ def backward(
     """
     acc = acc_dtype(logits)
     chosen = logits.gather(1, experts.long()).to(acc)
-    s, ds = chosen.sigmoid(), dweights.to(acc) * scale
+    s, ds = sigmoid(chosen), dweights.to(acc) * scale
     if norm_topk_prob:
         total = s.sum(-1, keepdim=True) + SUM_EPS
         ds = (ds - (ds * (s / total)).sum(-1, keepdim=True)) / total
     # 1 - s cancels to zero for large logits; sigmoid(-x) does not.
-    dchosen = ds * s * (-chosen).sigmoid()
+    dchosen = ds * s * sigmoid(-chosen)
     dlogits = torch.zeros_like(logits, dtype=acc, memory_format=torch.contiguous_format)
     return dlogits.scatter_(1, experts.long(), dchosen).to(logits.dtype)

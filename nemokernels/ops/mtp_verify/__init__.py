@@ -103,7 +103,7 @@ def mtp_verify(
                  dtypes=FLOATS)  # fmt: skip
     (batch, rows, vocab), device = logits.shape, logits.device
     check(where, rows >= 1 and vocab >= 1,
-          f"`logits` needs at least one row and one token, got {tuple(logits.shape)}")  # fmt: skip
+          "`logits` needs at least one row and one token, got {}", tuple(logits.shape))  # fmt: skip
     check_tensor(where, "drafts", drafts, shape=(batch, rows - 1), dims="(B, K)",
                  dtypes=_INTEGERS, device=device)  # fmt: skip
     if draft_probs is not None:
@@ -143,7 +143,7 @@ def _check_scalar(name, value, kind):
         raise TypeError(f"mtp_verify: `{name}` must be {kind.__name__} or a torch.Tensor, "
                         f"got {type(value).__name__}")  # fmt: skip
     holds, wanted = _RANGES[name]
-    check("mtp_verify", holds(value), f"`{name}` must be {wanted}, got {value}")
+    check("mtp_verify", holds(value), "`{}` must be {}, got {}", name, wanted, value)
 
 
 def _vector(name, value, kind, logits):
@@ -162,7 +162,7 @@ def _seed(seed, logits):
     if isinstance(seed, torch.Tensor):
         check_tensor("mtp_verify", "seed", seed, dtypes=(torch.int64,), device=logits.device)
         check("mtp_verify", seed.numel() in (1, logits.shape[0]),
-              f"`seed` needs 1 or {logits.shape[0]} elements, got {seed.numel()}")  # fmt: skip
+              "`seed` needs 1 or {} elements, got {}", logits.shape[0], seed.numel())  # fmt: skip
         return seed.reshape(-1)
     _check_scalar("seed", seed, int)
     signed = seed - 2**64 if seed >= 2**63 else seed

@@ -42,7 +42,7 @@ def rms_norm(
     check("rms_norm", x.dim() >= 1, "`x` needs at least one axis, got a scalar")
     check_tensor("rms_norm", "weight", weight, shape=(x.shape[-1],), dims="(D,)", dtypes=FLOATS,
                  device=x.device)  # fmt: skip
-    check("rms_norm", eps >= 0, f"`eps` must not be negative, got {eps}")
+    check("rms_norm", eps >= 0, "`eps` must not be negative, got {}", eps)
     if residual is None:
         return op.rms_norm(x, weight, eps)[0]
     check_tensor("rms_norm", "residual", residual, shape=x.shape, dims="the shape of x",

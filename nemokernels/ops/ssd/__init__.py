@@ -99,14 +99,14 @@ def mamba_chunk_scan_combined(
     check_tensor(fn, "C", C, shape=B.shape, dims="the shape of B", dtypes=(x.dtype,), device=device)
     groups, state = B.shape[2:]
     check(fn, groups > 0 and heads % groups == 0,
-          f"`B` has {groups} groups, expected a divisor of the {heads} heads")  # fmt: skip
+          "`B` has {} groups, expected a divisor of the {} heads", groups, heads)  # fmt: skip
     _check_integer(fn, "chunk_size", chunk_size)
     sequences = batch
     if cu_seqlens is not None:
         check_tensor(fn, "cu_seqlens", cu_seqlens, shape=(None,), dims="(S+1,)", dtypes=INT32,
                      device=device)  # fmt: skip
         check(fn, cu_seqlens.shape[0] >= 1, "`cu_seqlens` needs at least one entry, got none")
-        check(fn, batch == 1, f"`x` must have one row with `cu_seqlens`, got B = {batch}")
+        check(fn, batch == 1, "`x` must have one row with `cu_seqlens`, got B = {}", batch)
         sequences = cu_seqlens.shape[0] - 1
     check(fn, cu_seqlens is not None or not return_varlen_states,
           "`return_varlen_states` needs `cu_seqlens`, got None")  # fmt: skip
@@ -125,7 +125,7 @@ def mamba_chunk_scan_combined(
         if value is not None or name in ("dt", "A"):
             check_tensor(fn, name, value, shape=shape, dims=dims, dtypes=dtypes, device=device)
     check(fn, len(dt_limit) == 2 and 0 <= dt_limit[0] <= dt_limit[1],
-          f"`dt_limit` is {dt_limit}, expected two numbers, 0 <= least <= largest")  # fmt: skip
+          "`dt_limit` is {}, expected two numbers, 0 <= least <= largest", dt_limit)  # fmt: skip
     if state_dtype is not None and state_dtype not in FLOATS:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise TypeError(f"{fn}: `state_dtype` is {state_dtype}, expected None or one of {names}")
@@ -206,21 +206,27 @@ def mamba_split_conv1d_scan_combined(
     check_tensor(fn, "conv1d_weight", conv1d_weight, shape=(None, None), dims="(channels, W)")
     check_tensor(fn, "D", D)
     check(fn, D.dim() in (1, 2),
-          f"`D` has shape {tuple(D.shape)}, expected (H,) or (H, P)")  # fmt: skip
+          "`D` has shape {}, expected (H,) or (H, P)", tuple(D.shape))  # fmt: skip
     check(fn, D.dim() == 2 or headdim is not None, "`headdim` is None, needed with `D` of one axis")
     check(fn, D.dim() == 1 or headdim in (None, D.shape[1]),
-          f"`headdim` is {headdim}, but `D` has {D.shape[-1]} columns")  # fmt: skip
+          "`headdim` is {}, but `D` has {} columns", headdim, D.shape[-1])  # fmt: skip
     heads, width = D.shape[0], D.shape[1] if D.dim() == 2 else headdim
     _check_integer(fn, "headdim", width)
     _check_integer(fn, "ngroups", ngroups)
     inner, channels = heads * width, conv1d_weight.shape[0]
     state, rest = divmod(channels - inner, 2 * ngroups)
-    check(fn, state >= 0 and rest == 0,
-          f"`conv1d_weight` has {channels} rows, expected {inner} + 2 * {ngroups} * N")  # fmt: skip
+    check(
+        fn,
+        state >= 0 and rest == 0,
+        "`conv1d_weight` has {} rows, expected {} + 2 * {} * N",
+        channels,
+        inner,
+        ngroups,
+    )
     features, needed = zxbcdt.shape[-1], inner + channels + heads
     mlp, rest = divmod(features - needed, 2)
     check(fn, mlp >= 0 and rest == 0,
-          f"`zxbcdt` has {features} features, expected 2 * M + {needed}")  # fmt: skip
+          "`zxbcdt` has {} features, expected 2 * M + {}", features, needed)  # fmt: skip
     check(fn, seq_idx is None or cu_seqlens is None,
           "`seq_idx` and `cu_seqlens` exclude each other, got both")  # fmt: skip
     check(fn, outproj_bias is None or outproj_weight is not None,
@@ -269,4 +275,4 @@ def mamba_split_conv1d_scan_combined(
 
 def _check_integer(fn: str, name: str, value: int) -> None:
     check(fn, isinstance(value, int) and value >= 1,
-          f"`{name}` must be an integer of at least 1, got {value!r}")  # fmt: skip
+          "`{}` must be an integer of at least 1, got {!r}", name, value)  # fmt: skip

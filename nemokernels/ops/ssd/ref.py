@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nemokernels._activations import SOFTPLUS_THRESHOLD, sigmoid, softplus
 from nemokernels._registry import acc_dtype
 from nemokernels.ops.ssd.chunks import Chunks, carry, cut
-
-SOFTPLUS_THRESHOLD = 20.0
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,6 @@ class Scan:
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype).to(tensor.dtype)
-
-
-# torch's sigmoid, silu and softplus round the tail of a vector differently from its body, so that a
-# token's bits would depend on where it lies in the batch; exp and log1p do not.
-def _sigmoid(v: torch.Tensor) -> torch.Tensor:
-    return 1 / (1 + torch.exp(-v))
-
-
-def _softplus(v: torch.Tensor) -> torch.Tensor:
-    return torch.where(v > SOFTPLUS_THRESHOLD, v, v.exp().log1p())
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -101,7 +90,7 @@ def _scan(
     raw = _heads_first(chunks.gather(dt, acc), groups)
     if dt_bias is not None:
         raw = raw + dt_bias.to(acc).view(groups, heads, 1)
-    soft = _softplus(raw) if dt_softplus else raw
+    soft = softplus(raw) if dt_softplus else raw
     d = soft.clamp(dt_min, dt_max).masked_fill(~chunks.valid[:, None, None], 0)
     # The bound keeps the sum finite; its exponential is zero long before.
     lowest = torch.finfo(acc).min / (2 * chunk_size)
@@ -168,7 +157,7 @@ def forward(
     if z is None:
         return s.chunks.scatter(_heads_last(y), x), final, x.new_empty(0)
     gate = _heads_first(s.chunks.gather(z, s.x.dtype), B.shape[2])
-    gated = y * gate * _sigmoid(gate)
+    gated = y * gate * sigmoid(gate)
     out, ungated = (s.chunks.scatter(_heads_last(v), x) for v in (gated, y))
     return out, final, ungated
 
@@ -190,7 +179,7 @@ def backward(
     dz = dD = dbias = dinitial = absent
     if z is not None:
         gate = _heads_first(s.chunks.gather(z, acc), groups)
-        sig, y = _sigmoid(gate), _heads_first(s.chunks.gather(ungated, acc), groups)
+        sig, y = sigmoid(gate), _heads_first(s.chunks.gather(ungated, acc), groups)
         dz = s.chunks.scatter(_heads_last(dy * y * sig * (1 + gate * (1 - sig))), z)
         dy = dy * gate * sig
     if D is not None:
@@ -239,7 +228,7 @@ def backward(
     acts = s.chunks.valid[:, None, None] & (s.soft >= dt_min) & (s.soft <= dt_max)
     ddt = ddt.masked_fill(~acts, 0)
     if dt_softplus:
-        ddt = torch.where(s.raw <= SOFTPLUS_THRESHOLD, ddt * _sigmoid(s.raw), ddt)
+        ddt = torch.where(s.raw <= SOFTPLUS_THRESHOLD, ddt * sigmoid(s.raw), ddt)
     if dt_bias is not None:
         dbias = ddt.sum((0, 3)).reshape(dt_bias.shape).to(dt_bias.dtype)
     return (
