@@ -46,6 +46,7 @@ class RowConfig:
     reason: str = ""
 
 
+@functools.cache
 def reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on ``device``; None if they can."""
     if device.type != "cuda":
@@ -54,11 +55,7 @@ def reason(device: torch.device) -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _reason_on(torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def _reason_on(capability: tuple[int, int]) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         want, have = ("sm_{}{}".format(*c) for c in (OLDEST, capability))
         return f"the Triton kernels need {want} or newer, this device is {have}"
