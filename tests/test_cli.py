@@ -75,6 +75,7 @@ def test_train_then_generate(capsys, folder, tmp_path):
     ("args", "message"),
     [
         (["generate", "/absent", "--prompt", "x"], "/absent"),
+        (["generate", "{f}/model", "--prompt"], "--prompt names no text"),
         (["train", "--model", "/absent.json", "--data", "{f}/text.txt", "--out", "{t}/o",
           "--steps", "1"], "tokenizer"),
         (["train", "--model", "no-such-variant", "--data", "{f}/text.txt", "--out", "{t}/o",

@@ -149,6 +149,8 @@ def generate(
         seed: of the random numbers.
         as_json: print JSON.
     """
+    if not prompt:
+        raise DataError("--prompt names no text; give at least one")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = from_pretrained(folder, device=default_device())
     ids = [tokenizer.encode(text).ids for text in prompt]
