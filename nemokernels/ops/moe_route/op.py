@@ -2,12 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nemokernels._registry import acc_dtype, family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.moe_route import ref
 
-FAMILY = family("moe_route")
+FAMILY = family("moe_route", {"triton": _triton.reason})
+
+WIDEST = 2048  # lanes of a program: experts, with groups padded to powers of two
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend runs and how it is launched; why not Triton if it is the reference.
+
+    A program chooses for ``rows`` tokens. The slots are sorted in pieces of ``piece``, ``block`` at
+    a time.
+    """
+
+    backend: str
+    rows: int = 0
+    num_warps: int = 0
+    block: int = 0
+    piece: int = 0
+    reason: str = ""
+
+
+def plan(
+    tokens: int,
+    lanes: int,
+    top_k: int,
+    unsupported: str,
+    backends: tuple[str, ...],
+    processors: int,
+) -> Config:
+    """The configuration for so many tokens and ``lanes`` padded experts.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if not unsupported and lanes > WIDEST:
+        unsupported = f"the Triton kernels take up to {WIDEST} experts, got {lanes} with padding"
+    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+        return Config("reference", reason=unsupported)
+    # On an H100 one token per warp wins: four at 128 experts, one at 512. The rest: not measured.
+    rows = min(max(512 // max(lanes, 1), 1), 4)
+    block = 64
+    blocks = max(_triton.cdiv(tokens * top_k, block), 1)
+    pieces = 1 if blocks <= 16 else min(blocks, 2 * processors)
+    return Config("triton", rows, rows, block, _triton.cdiv(blocks, pieces) * block)
+
+
+def _plan(logits, top_k, n_group, *others) -> Config:
+    tokens, experts = logits.shape
+    lanes = _triton.next_power_of_2(n_group) * _triton.next_power_of_2(experts // n_group)
+    return plan(
+        tokens, lanes, top_k, _triton.unsupported(logits, *others),
+        _backends.usable(FAMILY.name, logits.device), _triton.processors(logits.device),
+    )  # fmt: skip
+
+
+def _forward_cuda(logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale):
+    config = _plan(logits, top_k, n_group, correction_bias)
+    args = (logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale)
+    if config.backend == "reference":
+        return reference_on_cuda("moe_route", ref.forward)(*args)
+    from nemokernels.ops.moe_route import kernel
+
+    with torch.cuda.device_of(logits):
+        return kernel.forward(*args, config)
+
+
+def _backward_cuda(dweights, logits, experts, norm_topk_prob, scale):
+    config = _plan(logits, experts.shape[1], 1, dweights)
+    args = (dweights, logits, experts, norm_topk_prob, scale)
+    if config.backend == "reference":
+        return reference_on_cuda("moe_route_backward", ref.backward)(*args)
+    from nemokernels.ops.moe_route import kernel
+
+    with torch.cuda.device_of(logits):
+        return kernel.backward(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -41,6 +118,7 @@ moe_route_backward = register(
     reference=ref.backward,
     fake=lambda dweights, logits, experts, norm, scale: logits.new_empty(logits.shape),
     example=_example_backward,
+    cuda=_backward_cuda,
 )
 
 
@@ -63,6 +141,7 @@ moe_route = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
+    cuda=_forward_cuda,
     setup_context=_setup,
     backward=_backward,
 )
