@@ -64,7 +64,7 @@ def cut(
     if seq_idx is not None:
         valid = valid & (seq_idx.flatten()[token] >= 0)
         if cu_seqlens is None:
-            ids = _fill_forward(seq_idx).flatten()[token]
+            ids = fill_forward(seq_idx).flatten()[token]
             before = torch.where(rank == 0, 0, ids[:, -1].roll(1))
     return Chunks(token, valid, first, count, ids, before)
 
@@ -92,7 +92,7 @@ def carry(
     return met, state
 
 
-def _fill_forward(seq_idx: torch.Tensor) -> torch.Tensor:
+def fill_forward(seq_idx: torch.Tensor) -> torch.Tensor:
     if seq_idx.numel() == 0:
         return seq_idx
     position = torch.arange(seq_idx.shape[1], device=seq_idx.device)

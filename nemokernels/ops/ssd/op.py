@@ -2,18 +2,137 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-from nemokernels._registry import acc_dtype, family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.ssd import ref
 
-FAMILY = family("ssd")
+FAMILY = family("ssd", {"triton": _triton.reason})
 
 _OPTIONS = "int chunk_size, bool dt_softplus, float dt_min, float dt_max, ScalarType? state_dtype"
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens"
 )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend runs, and how. Pairs are warps and pipeline stages of a kernel."""
+
+    backend: str
+    reason: str = ""  # why not triton, if it is the reference
+    chunk: int = 64  # tokens per chunk of the kernels
+    block_p: int = 64  # head dimensions per program
+    segment: int = 0  # tokens after which a sequence is split among programs; 0: never
+    tma: bool = False
+    tma_met: bool = False  # also to store states, where Triton can compile that
+    scan: tuple[int, int] = (4, 2)
+    states: tuple[int, int] = (4, 3)
+    walk: tuple[int, int] = (4, 2)
+    scores: tuple[int, int] = (4, 3)
+    group: tuple[int, int] = (4, 3)
+
+
+# By bytes per element and padded state size: what differs from Config's defaults. Not measured:
+# chosen for few spills, and for two programs per multiprocessor where that can be had.
+_WIDE = {"scan": (8, 2), "walk": (8, 1), "states": (8, 2), "scores": (4, 2), "group": (8, 1)}
+_FLOAT32 = {"scan": (8, 1), "walk": (8, 1), "states": (8, 1), "scores": (8, 1), "group": (8, 1)}
+LAUNCHES: dict[tuple[int, int], dict] = {
+    (2, 256): _WIDE,
+    (4, 16): _FLOAT32,
+    (4, 32): _FLOAT32,
+    (4, 64): _FLOAT32,
+    (4, 128): _FLOAT32,
+    (4, 256): {**_FLOAT32, "chunk": 32, "block_p": 32},
+}
+LARGEST_STATE = 256
+SEGMENT = 8192
+
+
+def plan(
+    sequences: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    state: int,
+    dtypes: tuple[torch.dtype, ...],
+    state_dtype: torch.dtype | None,
+    backends: tuple[str, ...],
+    capability: tuple[int, int],
+    processors: int,
+) -> Config:
+    """The configuration for a problem. ``dtypes`` are those of all tensors, x first; ``backends``
+    can run here; ``capability`` and ``processors`` are the device's.
+
+    A program takes one head of one sequence. Where they are too few for the device, sequences of
+    more than SEGMENT tokens are split, at the price of reading x and B once more. Segments have
+    one length, so that a sequence that fits in one has the same bits, packed or alone.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    reason = _unsupported(state, dtypes, state_dtype)
+    if "triton" in backends and not reason:
+        size = max(16, _triton.next_power_of_2(state))
+        settings = LAUNCHES.get((dtypes[0].itemsize, size), {})
+        if capability >= (10, 0) and dtypes[0].itemsize == 4:
+            settings = {**settings, "chunk": 32}  # with 64, some of its code is empty
+        hopper = capability[0] == 9
+        config = Config("triton", tma=capability >= (9, 0), tma_met=hopper, **settings)
+        programs = sequences * heads * _triton.cdiv(width, config.block_p)
+        split = tokens > SEGMENT and programs < 2 * processors
+        return replace(config, segment=SEGMENT if split else 0)
+    if "reference" not in backends:
+        raise RuntimeError(f"ssd: {reason or 'no backend can run here'}")
+    return Config("reference", reason)
+
+
+def _unsupported(state: int, dtypes: tuple, state_dtype: torch.dtype | None) -> str:
+    wide = [d for d in dtypes if d not in _triton.DTYPES]
+    if wide:
+        return f"the Triton kernels take float32, bfloat16 and float16, got {wide[0]}"
+    if state > LARGEST_STATE:
+        return f"the Triton kernels take states up to {LARGEST_STATE}, got {state}"
+    if state_dtype not in (None, dtypes[0]):
+        return f"the Triton kernels take state_dtype None or that of x, got {state_dtype}"
+    return ""
+
+
+def _plan(tensors: tuple[torch.Tensor | None, ...], state_dtype: torch.dtype | None) -> Config:
+    """``tensors`` are the floating inputs, as the operator takes them, and cu_seqlens."""
+    *tensors, cu_seqlens = tensors
+    x, B = tensors[0], tensors[3]
+    batch, tokens, heads, width = x.shape
+    return plan(
+        batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, tokens, heads, width, B.shape[3],
+        tuple(t.dtype for t in tensors if t is not None), state_dtype,
+        _backends.usable(FAMILY.name, x.device), torch.cuda.get_device_capability(x.device),
+        _triton.processors(x.device),
+    )  # fmt: skip
+
+
+def _forward_cuda(*args):
+    inputs, (_, *options, state_dtype) = args[:11], args[11:]
+    config = _plan((*inputs[:9], inputs[10]), state_dtype)
+    if config.backend == "reference":
+        return reference_on_cuda("ssd_chunk_scan", ref.forward)(*args)
+    from nemokernels.ops.ssd import kernel
+
+    return kernel.forward(*inputs, *options, config=config)
+
+
+def _backward_cuda(*args):
+    inputs, (_, *options, state_dtype) = args[2:13], args[14:]
+    config = _plan((*inputs[:9], inputs[10]), state_dtype)
+    if config.backend == "reference":
+        return reference_on_cuda("ssd_chunk_scan_backward", ref.backward)(*args)
+    from nemokernels.ops.ssd import kernel
+
+    return kernel.backward(*args[:14], *options, config=config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -64,6 +183,7 @@ ssd_chunk_scan_backward = register(
     f"ssd_chunk_scan_backward(Tensor dout, Tensor dfinal, {_INPUTS}, Tensor ungated, {_OPTIONS}) "
     f"-> ({', '.join(['Tensor'] * 9)})",
     reference=ref.backward,
+    cuda=_backward_cuda,
     fake=_fake_backward,
     example=_example_backward,
 )
@@ -87,6 +207,7 @@ ssd_chunk_scan = register(
     FAMILY,
     f"ssd_chunk_scan({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=ref.forward,
+    cuda=_forward_cuda,
     fake=_fake,
     example=_example,
     setup_context=_setup,

@@ -1,0 +1,348 @@
+"""Launches of the chunk scan's Triton kernels: layouts, workspaces, order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nemokernels._triton import Specialisation, cdiv, next_power_of_2
+from nemokernels.ops.ssd import kernel_backward as backward_kernels
+from nemokernels.ops.ssd import kernel_forward as forward_kernels
+from nemokernels.ops.ssd.chunks import fill_forward
+
+HEADS_PER_PROGRAM = 16  # of the kernels over steps
+SEGMENT_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes, and where sequences and chunks of ``length`` tokens lie. See ref.py for letters.
+
+    Packed: K is an upper bound, taken without waiting for the device; ``owner`` of a chunk that
+    does not exist is S.
+    """
+
+    B: int
+    T: int
+    H: int
+    P: int
+    G: int
+    N: int
+    S: int
+    length: int
+    NC: int  # chunks per row, unless packed
+    K: int
+    bounds: torch.Tensor | None
+    first: torch.Tensor | None
+    owner: torch.Tensor | None
+    seq_idx: torch.Tensor | None
+    ids: torch.Tensor | None
+    BLOCK_P: int
+    BLOCK_N: int
+    TMA: bool
+
+    @property
+    def blocks(self) -> int:
+        return cdiv(self.P, self.BLOCK_P)
+
+    @property
+    def flags(self) -> dict:
+        return {"HAS_PAD": self.seq_idx is not None, "PACKED": self.bounds is not None}
+
+    @property
+    def tiles(self) -> dict:
+        sizes = {"P": self.P, "N": self.N, "L": self.length}
+        blocks = {"BLOCK_P": self.BLOCK_P, "BLOCK_N": self.BLOCK_N, "TMA": self.TMA}
+        return {**sizes, **blocks, **self.flags, "HAS_IDS": self.ids is not None}
+
+    def empty(self, x: torch.Tensor, *shape: int, dtype=None) -> torch.Tensor:
+        """For every token or chunk; zeros where some may not be visited."""
+        make = x.new_empty if self.bounds is None else x.new_zeros
+        return make(shape, dtype=dtype or x.dtype)
+
+
+def layout(x, B, seq_idx, cu_seqlens, *, chunk: int, block_p: int, tma: bool) -> Layout:
+    """``tma``: use it if neither packing nor padding asks for masks. Alignment is not looked at."""
+    batch, tokens, heads, width = x.shape
+    groups, state = B.shape[2:]
+    nc = cdiv(tokens, chunk)
+    bounds = first = owner = ids = None
+    sequences, total = batch, batch * nc
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+        total = (tokens + sequences * (chunk - 1)) // chunk
+        # Whatever the values, the kernels stay inside the tensors.
+        bounds = cu_seqlens.clamp(0, tokens).cummax(0).values.int()
+        count = (bounds.diff() + chunk - 1) // chunk
+        ends = count.cumsum(0)
+        first = (ends - count).int()
+        owner = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True).int()
+    elif seq_idx is not None:
+        ids = fill_forward(seq_idx).contiguous()
+    return Layout(
+        batch, tokens, heads, width, groups, state, sequences, chunk, nc, total,
+        bounds, first, owner, None if seq_idx is None else seq_idx.contiguous(), ids,
+        min(block_p, max(16, next_power_of_2(width))), max(16, next_power_of_2(state)),
+        tma and cu_seqlens is None and seq_idx is None,
+    )  # fmt: skip
+
+
+def unit_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if its last axis has gaps."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _describable(tensor: torch.Tensor) -> bool:
+    # cuTensorMapEncode wants 16-byte aligned addresses and strides; those of lone rows are unused.
+    strides = [s for s, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
+    aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)
+    return aligned and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+def _describe(tensor: torch.Tensor, length: int, block: int) -> TensorDescriptor:
+    spare = 16 // tensor.element_size()
+    strides = [s if n > 1 else spare for s, n in zip(tensor.stride()[:-1], tensor.shape)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, length, 1, block])
+
+
+def _sources(sizes: Layout, wide: list[torch.Tensor], narrow: list[torch.Tensor]) -> list:
+    """What kernels take for tensors with P (wide) and N (narrow) as last axis."""
+    if not sizes.TMA:
+        return [*wide, *narrow]
+    return [_describe(t, sizes.length, sizes.BLOCK_P) for t in wide] + [
+        _describe(t, sizes.length, sizes.BLOCK_N) for t in narrow
+    ]
+
+
+def _settle(sizes: Layout, *tensors: torch.Tensor) -> Layout:
+    """The layout, without TMA if a tensor is not aligned for it."""
+    if sizes.TMA and not all(map(_describable, tensors)):
+        return Layout(**{**vars(sizes), "TMA": False})
+    return sizes
+
+
+def _launch(pair: tuple[int, int]) -> dict:
+    return {"num_warps": pair[0], "STAGES": pair[1]}
+
+
+def _small(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _steps(sizes: Layout, x, dt, A, dt_bias, softplus, dt_min, dt_max, store_step: bool):
+    """a, b and, if asked for, d: (H, K, L) float32."""
+    a = A.new_empty(sizes.H, sizes.K, sizes.length, dtype=torch.float32)
+    b, d = torch.empty_like(a), torch.empty_like(a) if store_step else None
+    grid = (sizes.K, cdiv(sizes.H, HEADS_PER_PROGRAM))
+    if a.numel():
+        forward_kernels.ssd_steps_kernel[grid](
+            dt, dt_bias, A, sizes.seq_idx, sizes.bounds, sizes.first, sizes.owner, a, b, d,
+            sizes.T, sizes.NC, sizes.K, sizes.S, sizes.H, *dt.stride(), dt_min, dt_max,
+            L=sizes.length, BLOCK_H=HEADS_PER_PROGRAM, SOFTPLUS=softplus,
+            HAS_BIAS=dt_bias is not None, **sizes.flags, STORE_STEP=store_step,
+            EXACT=x.dtype == torch.float32, num_warps=4,
+        )  # fmt: skip
+    return a, b, d
+
+
+def _states(sizes: Layout, z, M, initial, a, b, *, segments, segment, reverse, launch,
+            met=None, tma_met=False):  # fmt: skip
+    """Walk the states; see the kernel. Returns the ends and total decays unless ``met`` is given"""
+    ends = totals = None
+    if met is None:
+        ends = z.new_empty(sizes.S, segments, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
+        totals = z.new_empty(sizes.S, segments, sizes.H, dtype=torch.float32)
+    zs, ms = _sources(sizes, [z], [M])
+    forward_kernels.ssd_states_kernel[(sizes.S * sizes.H * sizes.blocks, segments)](
+        zs, ms, initial, met, ends, totals, a, b, sizes.seq_idx, sizes.ids, sizes.bounds,
+        sizes.first, sizes.T, sizes.NC, sizes.K, sizes.H, sizes.H // sizes.G, segment,
+        *z.stride()[:3], *M.stride()[:3], **sizes.tiles, HAS_INITIAL=initial is not None,
+        REVERSE=reverse, STORE_MET=met is not None, TMA_MET=tma_met, **_launch(launch),
+    )  # fmt: skip
+    return ends, totals
+
+
+def _enter_segments(sizes: Layout, z, M, initial, a, b, *, split, reverse, launch):
+    """State at the start of every segment (its end in reverse), segments, chunks of each.
+
+    ``split`` is the tokens of a segment, 0 for one segment of any length.
+    """
+    longest = max(sizes.NC, 1)
+    segment = split // sizes.length if split else longest
+    segments = cdiv(longest, segment)
+    if segments == 1 or sizes.S * sizes.H * sizes.P * sizes.N == 0:
+        return initial, 1, longest
+    ends, totals = _states(sizes, z, M, None, a, b, segments=segments, segment=segment,
+                           reverse=reverse, launch=launch)  # fmt: skip
+    size = sizes.P * sizes.N
+    forward_kernels.ssd_segments_kernel[(sizes.S * sizes.H, cdiv(size, SEGMENT_BLOCK))](
+        initial, ends, totals, segments, sizes.H, size, HAS_INITIAL=initial is not None,
+        REVERSE=reverse, BLOCK=SEGMENT_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return ends, segments, segment
+
+
+def forward(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
+    dt_softplus, dt_min, dt_max, *, config,
+):  # fmt: skip
+    """As ref.forward; ``config`` is an op.Config."""
+    x, B, C = unit_last(x), unit_last(B), unit_last(C)
+    sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.chunk, block_p=config.block_p,
+                   tma=config.tma)  # fmt: skip
+    out = sizes.empty(x, *x.shape)
+    ungated = sizes.empty(x, *x.shape) if z is not None else x.new_empty(0)
+    final = x.new_empty(sizes.S, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
+    programs = sizes.S * sizes.H * sizes.blocks
+    if programs == 0:
+        return out, final, ungated
+    sizes = _settle(sizes, x, B, C, out)
+    A, D, dt_bias = _small(A), _small(D), _small(dt_bias)
+    initial = None if initial_states is None else initial_states.contiguous()
+    a, b, _ = _steps(sizes, x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, False)
+    initial, segments, segment = _enter_segments(
+        sizes, x, B, initial, a, b, split=config.segment, reverse=False, launch=config.states
+    )
+    xs, outs, bs, cs = _sources(sizes, [x, out], [B, C])
+    forward_kernels.ssd_scan_kernel[(programs, segments)](
+        xs, bs, cs, outs, ungated, z, D, initial, final, a, b, sizes.seq_idx, sizes.ids,
+        sizes.bounds, sizes.first, sizes.T, sizes.NC, sizes.K, sizes.H, sizes.H // sizes.G,
+        segment, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+        *((0,) * 4 if z is None else z.stride()), **sizes.tiles, D_AXES=0 if D is None else D.dim(),
+        HAS_Z=z is not None, HAS_INITIAL=initial is not None, **_launch(config.scan),
+    )  # fmt: skip
+    return out, final, ungated
+
+
+def backward(
+    dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, ungated,
+    dt_softplus, dt_min, dt_max, *, config,
+):  # fmt: skip
+    """As ref.backward; ``config`` is an op.Config."""
+    x, B, C, dy = unit_last(x), unit_last(B), unit_last(C), unit_last(dout)
+    sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.chunk, block_p=config.block_p,
+                   tma=config.tma)  # fmt: skip
+    S, K, H, P, N, blocks = sizes.S, sizes.K, sizes.H, sizes.P, sizes.N, sizes.blocks
+    wide = {"dtype": torch.float32}
+    absent = x.new_empty(0)
+    dx, ddt = sizes.empty(x, *x.shape), sizes.empty(x, *dt.shape, dtype=dt.dtype)
+    dB, dC = sizes.empty(x, *B.shape), sizes.empty(x, *B.shape)
+    dA, dbias = sizes.empty(x, K, H, **wide), sizes.empty(x, K, H, **wide)
+    D_axes = 0 if D is None else D.dim()
+    parts = {0: 1, 1: blocks, 2: P}[D_axes]
+    dD = sizes.empty(x, K, H, parts, **wide) if D_axes else None
+    dz = absent if z is None else sizes.empty(x, *x.shape, dtype=z.dtype)
+    dinitial = absent if initial_states is None else initial_states.new_empty(S, H, P, N)
+
+    def results():
+        like_D = absent if D is None else (dD.sum(0) if D_axes == 2 else dD.sum((0, 2))).to(D.dtype)
+        bias = absent if dt_bias is None else dbias.sum(0).to(dt_bias.dtype)
+        return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, like_D, dz, bias, dinitial
+
+    if S * H * blocks == 0:
+        dA.zero_(), dbias.zero_(), dB.zero_(), dC.zero_(), ddt.zero_()
+        if dD is not None:
+            dD.zero_()
+        return results()
+    rate, skip, bias = _small(A), _small(D), _small(dt_bias)
+    chunk_map = (sizes.seq_idx, sizes.bounds, sizes.first, sizes.owner)
+    D_here = D_axes  # where dD is made: with a gate, from the gradient before it is rounded
+    if z is not None and K:
+        dy, go, D_here = sizes.empty(x, *x.shape), dy, 0
+        backward_kernels.ssd_gate_backward_kernel[(K, H, blocks)](
+            go, z, ungated, x, dz, dy, dD, *chunk_map, sizes.T, sizes.NC, S, H, *go.stride()[:3],
+            *x.stride()[:3], *z.stride(), P=P, L=sizes.length, BLOCK_P=sizes.BLOCK_P,
+            D_AXES=D_axes, **sizes.flags, num_warps=4,
+        )  # fmt: skip
+    sizes = _settle(sizes, x, dy, B, C, dx, dB)
+    a, b, d = _steps(sizes, x, dt, rate, bias, dt_softplus, dt_min, dt_max, True)
+
+    # Through the states: S entering every chunk, then from the last chunk to the first dx and G.
+    met, leaving = (x.new_empty(K * H * blocks * sizes.BLOCK_P, sizes.BLOCK_N) for _ in "SG")
+    kept = met, leaving  # as the walks store them, and as the kernels per chunk load them
+    if sizes.TMA:
+        block = [sizes.BLOCK_P, sizes.BLOCK_N]
+        met, leaving = (TensorDescriptor.from_tensor(t, block) for t in kept)
+    tma_met = sizes.TMA and config.tma_met
+    kept = (met, leaving) if tma_met else kept
+    initial = None if initial_states is None else initial_states.contiguous()
+    walk = {"split": config.segment, "launch": config.states}
+    start, segments, segment = _enter_segments(sizes, x, B, initial, a, b, reverse=False, **walk)
+    _states(sizes, x, B, start, a, b, segments=segments, segment=segment, reverse=False,
+            met=kept[0], tma_met=tma_met, launch=config.states)  # fmt: skip
+    start, _, _ = _enter_segments(sizes, dy, C, dfinal.contiguous(), a, b, reverse=True, **walk)
+    dys, dxs, bs, cs = _sources(sizes, [dy, dx], [B, C])
+    strides = dict(x=x.stride()[:3], y=dy.stride()[:3], b=B.stride()[:3], c=C.stride()[:3])
+    backward_kernels.ssd_walk_backward_kernel[(S * H * blocks, segments)](
+        dys, bs, cs, dxs, skip, start, kept[1], dinitial, a, b, sizes.seq_idx, sizes.ids,
+        sizes.bounds, sizes.first, sizes.T, sizes.NC, K, H, H // sizes.G, segment,
+        *strides["y"], *strides["b"], *strides["c"], **sizes.tiles, D_AXES=D_axes,
+        HAS_INITIAL=initial is not None, TMA_MET=tma_met, **_launch(config.walk),
+    )  # fmt: skip
+    if K == 0:
+        return results()
+
+    # Within each chunk, one program per group: the scores, then B and C.
+    chunk_map = (sizes.seq_idx, sizes.ids, sizes.bounds, sizes.first, sizes.owner)
+    dscores = x.new_empty(K, sizes.G, sizes.length, sizes.length)
+    u, v, r, p = (torch.empty_like(a) for _ in range(4))
+    through = a.new_empty(H, K)
+    ints = (sizes.T, sizes.NC, K, S, H, sizes.G, H // sizes.G)
+    xs, dys, bs, cs, dBs, dCs = _sources(sizes, [x, dy], [B, C, dB, dC])
+    grid = (K * sizes.G,)
+    backward_kernels.ssd_scores_backward_kernel[grid](
+        xs, dys, bs, cs, dscores, dD, u, v, a, d, *chunk_map, *ints, *strides["x"], *strides["y"],
+        *strides["b"], *strides["c"], **sizes.tiles, D_AXES=D_here, **_launch(config.scores),
+    )  # fmt: skip
+    for source, states, grad, w, of in ((xs, leaving, dBs, r, "x"), (dys, met, dCs, p, "y")):
+        backward_kernels.ssd_group_backward_kernel[grid](
+            source, bs, cs, states, leaving, dscores, grad, w, through, a, d, *chunk_map, *ints,
+            *strides[of], *strides["b"], *strides["c"], **sizes.tiles, OF_C=of == "y",
+            **_launch(config.group),
+        )  # fmt: skip
+    backward_kernels.ssd_steps_backward_kernel[(K, cdiv(H, HEADS_PER_PROGRAM))](
+        dt, bias, rate, u, v, r, p, d, through, ddt, dA, dbias, sizes.seq_idx, sizes.bounds,
+        sizes.first, sizes.owner, sizes.T, sizes.NC, K, S, H, *dt.stride(), dt_min, dt_max,
+        L=sizes.length, BLOCK_H=HEADS_PER_PROGRAM, SOFTPLUS=dt_softplus,
+        HAS_BIAS=dt_bias is not None, **sizes.flags,
+        EXACT=x.dtype == torch.float32, num_warps=4,
+    )  # fmt: skip
+    return results()
+
+
+def specialisations():
+    """Nemotron-H 8B and Nano 3 in bfloat16, packed and long; float32; the largest state."""
+    from nemokernels.ops.ssd.op import plan
+
+    def launch(grad, batch=8, tokens=4096, heads=128, state=128, dtype=torch.bfloat16, rows=None):
+        def new(*shape, dtype=dtype):
+            return torch.empty(shape, device="meta", dtype=dtype)
+
+        def run():
+            capability = divmod(driver.active.get_current_target().arch, 10)
+            config = plan(rows or batch, tokens, heads, 64, state, (dtype,), None, ("triton",),
+                          capability, 132)  # fmt: skip
+            x, B = new(batch, tokens, heads, 64), new(batch, tokens, 8, state)
+            A, dt = new(heads, dtype=torch.float32), x[..., 0].contiguous()
+            bounds = new(rows + 1, dtype=torch.int32) if rows else None
+            args = (x, dt, A, B, B, A, None, A, None, None, bounds)
+            options = (True, 0.0, float("inf"))
+            if not grad:
+                return forward(*args, *options, config=config)
+            final = new(rows or batch, heads, 64, state, dtype=torch.float32)
+            return backward(x, final, *args, new(0), *options, config=config)
+
+        return run
+
+    long = {"heads": 64, "batch": 1, "tokens": 131072}
+    yield Specialisation("H-8B forward", launch(False))
+    yield Specialisation("H-8B backward", launch(True))
+    yield Specialisation("H-8B packed forward", launch(False, batch=1, rows=8))
+    yield Specialisation("H-8B packed backward", launch(True, batch=1, rows=8))
+    yield Specialisation("Nano 3 131072 forward", launch(False, **long))
+    yield Specialisation("float32 forward", launch(False, dtype=torch.float32))
+    yield Specialisation("float32 backward", launch(True, dtype=torch.float32))
+    yield Specialisation("N 256 forward", launch(False, state=256))

@@ -1,0 +1,350 @@
+"""Triton kernels of the chunk scan's backward. See kernel_forward.py for letters and layouts.
+
+S and G are the state entering a chunk and the gradient of the state leaving it. Square tiles are
+transposed: rows are the earlier token s, columns the later token l, so that they are the left
+operands of the products for dx and dB. Sums over the heads of a group stay in one program: no
+atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nemokernels._tl import offset64, sigmoid, softplus
+from nemokernels.ops.ssd.kernel_forward import (
+    PRECISION,
+    chunk_ids,
+    chunk_span,
+    inner_decay,
+    leaving_decay,
+    live_tokens,
+    load_chunk_state,
+    skip_weight,
+    state_offsets,
+    store_chunk_state,
+    store_tile,
+    tile,
+    walk_span,
+)
+
+# Stands for a step of zero where a sum is divided by the step again.
+TINY = tl.constexpr(1e-30)
+SOFTPLUS_THRESHOLD = tl.constexpr(20.0)
+
+
+@triton.jit
+def store_skip_gradient(
+    dD, product, k, h, p0, H, P: tl.constexpr, BLOCK_P: tl.constexpr, D_AXES: tl.constexpr
+):
+    """This chunk's part of dD from x * dy: (K, H, P), or (K, H, blocks) for D (H)."""
+    if D_AXES == 2:
+        p = p0 + tl.arange(0, BLOCK_P)
+        tl.store(dD + offset64(k, H * P) + h * P + p, tl.sum(product, 0), mask=p < P)
+    else:
+        blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+        at = (offset64(k, H) + h) * blocks + p0 // BLOCK_P
+        tl.store(dD + at, tl.sum(tl.sum(product, 1), 0))
+
+
+@triton.jit
+def ssd_gate_backward_kernel(
+    dout, z, ungated, x, dz, dy_out, dD, seq_idx, bounds, first, owner,
+    T, NC, S, H,
+    stride_o_row, stride_o_token, stride_o_head, stride_x_row, stride_x_token, stride_x_head,
+    stride_z_row, stride_z_token, stride_z_head, stride_z_width,
+    P: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, D_AXES: tl.constexpr,
+    HAS_PAD: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dz, the gradient of the ungated output in x's dtype, and dD from its unrounded value."""
+    k, h, p0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_P
+    row, t0, end, real = chunk_span(k, bounds, first, owner, T, NC, S, L, PACKED)
+    if real:
+        live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
+        q, c = tl.arange(0, L), p0 + tl.arange(0, BLOCK_P)
+        go = tile(dout, row, t0, h, p0, live, stride_o_row, stride_o_token, stride_o_head,
+                  P, L, BLOCK_P, False).to(tl.float32)  # fmt: skip
+        y = tile(ungated, row, t0, h, p0, live, offset64(T, H * P), H * P, P,
+                 P, L, BLOCK_P, False).to(tl.float32)  # fmt: skip
+        at_z = offset64(row, stride_z_row) + offset64(h, stride_z_head)
+        at_z += offset64(t0 + q, stride_z_token)[:, None] + offset64(c, stride_z_width)[None, :]
+        gate = tl.load(z + at_z, mask=live[:, None] & (c < P)[None, :], other=0.0).to(tl.float32)
+        sig = sigmoid(gate)
+        tokens = t0 + q < end
+        grad = go * y * sig * (1.0 + gate * (1.0 - sig))
+        store_tile(dz, grad, row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, False)
+        dy = go * gate * sig
+        store_tile(dy_out, dy, row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, False)
+        if D_AXES > 0:
+            xv = tile(x, row, t0, h, p0, live, stride_x_row, stride_x_token, stride_x_head,
+                      P, L, BLOCK_P, False)  # fmt: skip
+            store_skip_gradient(dD, xv.to(tl.float32) * dy, k, h, p0, H, P, BLOCK_P, D_AXES)
+
+
+@triton.jit
+def ssd_walk_backward_kernel(
+    dy, B, C, dx, D, dfinal, leaving, dinitial, a_in, b_in, seq_idx, ids, bounds, first,
+    T, NC, K, H, R, SEGMENT,
+    stride_y_row, stride_y_token, stride_y_head, stride_b_row, stride_b_token, stride_b_group,
+    stride_c_row, stride_c_token, stride_c_group,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, D_AXES: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    TMA_MET: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx, walking the chunks from last to first with G in registers; stores G of every chunk.
+
+    ``dfinal`` holds the gradient that enters each segment from behind. x is not read here: with it
+    the tiles of two programs no longer fit one multiprocessor's shared memory.
+    """
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    p0 = (program % blocks) * BLOCK_P
+    h = (program // blocks) % H
+    sequence = program // (blocks * H)
+    g = h // R
+    segment = tl.program_id(1)
+    row, begin, end, chunk = walk_span(sequence, bounds, first, T, NC, PACKED)
+    c0 = segment * SEGMENT
+    c1 = tl.minimum(tl.cdiv(end - begin, L), c0 + SEGMENT)
+    a_in += (offset64(h, K) + chunk) * L
+    b_in += (offset64(h, K) + chunk) * L
+
+    q = tl.arange(0, L)
+    causal = q[:, None] <= q[None, :]
+    index = (sequence * tl.num_programs(1) + segment) * H + h
+    offsets, inside = state_offsets(index, p0, P, N, BLOCK_P, BLOCK_N)
+    state = tl.load(dfinal + offsets, mask=inside, other=0.0).to(tl.float32)
+    if D_AXES > 0:
+        skip = skip_weight(D, h, p0, P, BLOCK_P, D_AXES)
+
+    for step in tl.range(c0, c1, num_stages=STAGES):
+        i = c1 - 1 - (step - c0)
+        t0 = begin + i * L
+        live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
+        dyv = tile(dy, row, t0, h, p0, live, stride_y_row, stride_y_token, stride_y_head,
+                   P, L, BLOCK_P, TMA)  # fmt: skip
+        bv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
+                  N, L, BLOCK_N, TMA)  # fmt: skip
+        cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
+                  N, L, BLOCK_N, TMA)  # fmt: skip
+        a, b = tl.load(a_in + i * L + q), tl.load(b_in + i * L + q)
+        a_last = tl.load(a_in + i * L + L - 1)
+        exact: tl.constexpr = dyv.dtype == tl.float32
+        enter, leave, decay = tl.exp2(a), leaving_decay(a_last, a, b, exact), tl.exp2(a_last)
+        sees = causal
+        if HAS_IDS:
+            own, last, before = chunk_ids(ids, row, t0, T, L)
+            enter = tl.where(own == before, enter, 0.0)
+            leave = tl.where(own == last, leave, 0.0)
+            decay = tl.where(last == before, decay, 0.0)
+            sees = causal & (own[:, None] == own[None, :])
+
+        low = state.to(dyv.dtype)
+        store_chunk_state(leaving, low, (chunk + i) * H + h, p0, P, BLOCK_P, BLOCK_N, TMA_MET)
+        v = tl.dot(bv, tl.trans(low), input_precision=PRECISION) * leave[:, None]
+        scores = tl.dot(bv, tl.trans(cv), input_precision=PRECISION)
+        scores *= inner_decay(a[None, :], a[:, None], b[:, None], sees, exact)
+        v = tl.dot(scores.to(dyv.dtype), dyv, v, input_precision=PRECISION)
+        dyf = dyv.to(tl.float32)
+        if D_AXES > 0:
+            v += dyf * skip
+        store_tile(dx, v.to(dyv.dtype), row, t0, h, p0, t0 + q < end, T, H, P, L, BLOCK_P, TMA)
+        scaled = (dyf * enter[:, None]).to(dyv.dtype)
+        state = tl.dot(tl.trans(scaled), cv, state * decay, input_precision=PRECISION)
+
+    if HAS_INITIAL:
+        if segment == 0:
+            offsets, inside = state_offsets(sequence * H + h, p0, P, N, BLOCK_P, BLOCK_N)
+            tl.store(dinitial + offsets, state, mask=inside)
+
+
+@triton.jit
+def ssd_scores_backward_kernel(
+    x, dy, B, C, dscores, dD, u_out, v_out, a_in, d_in, seq_idx, ids, bounds, first, owner,
+    T, NC, K, S, H, G, R,
+    stride_x_row, stride_x_token, stride_x_head, stride_y_row, stride_y_token, stride_y_head,
+    stride_b_row, stride_b_token, stride_b_group, stride_c_row, stride_c_token, stride_c_group,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, D_AXES: tl.constexpr, HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the scores of one chunk and group, transposed and summed over heads.
+
+    With q_sl = (x_s . dy_l) * decay * d_s * scores_sl, also per head v_s, q's sum over l divided by
+    d_s, and u for the gradient of the decays, which is the sum of q over s < k <= l: the reverse
+    cumulative sum of u_k, q's sum over s less that over l. For float32 tiles, where the
+    difference would lose digits, u_k is the sum for k + 1 itself. And dD's part, x . dy.
+    """
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    g = program % G
+    k = program // G
+    row, t0, end, real = chunk_span(k, bounds, first, owner, T, NC, S, L, PACKED)
+    if real:
+        q = tl.arange(0, L)
+        live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
+        bv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
+                  N, L, BLOCK_N, TMA)  # fmt: skip
+        cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
+                  N, L, BLOCK_N, TMA)  # fmt: skip
+        scores = tl.dot(bv, tl.trans(cv), input_precision=PRECISION)
+        sees = q[:, None] <= q[None, :]
+        if HAS_IDS:
+            own, _, _ = chunk_ids(ids, row, t0, T, L)
+            sees = sees & (own[:, None] == own[None, :])
+        total = tl.zeros((L, L), tl.float32)
+        for i in tl.range(0, R, num_stages=STAGES):
+            h = g * R + i
+            products = tl.zeros((L, L), tl.float32)
+            for block in tl.static_range(blocks):
+                p0 = block * BLOCK_P
+                xv = tile(x, row, t0, h, p0, live, stride_x_row, stride_x_token, stride_x_head,
+                          P, L, BLOCK_P, TMA)  # fmt: skip
+                dyv = tile(dy, row, t0, h, p0, live, stride_y_row, stride_y_token, stride_y_head,
+                           P, L, BLOCK_P, TMA)  # fmt: skip
+                products = tl.dot(xv, tl.trans(dyv), products, input_precision=PRECISION)
+                if D_AXES > 0:
+                    store_skip_gradient(dD, xv.to(tl.float32) * dyv.to(tl.float32), k, h, p0, H,
+                                        P, BLOCK_P, D_AXES)  # fmt: skip
+            at = (offset64(h, K) + k) * L + q
+            a, d = tl.load(a_in + at), tl.maximum(tl.load(d_in + at), TINY)
+            exact: tl.constexpr = bv.dtype == tl.float32
+            b = d if exact else a - tl.log2(d)
+            products *= inner_decay(a[None, :], a[:, None], b[:, None], sees, exact)
+            total += products
+            products *= scores
+            later = tl.sum(products, 1)
+            tl.store(v_out + at, later / d)
+            if exact:
+                before = tl.cumsum(products, 0)
+                later = tl.sum(tl.where(q[:, None] < q[None, :], before, 0.0), 1)
+                tl.store(u_out + at, later)
+            else:
+                tl.store(u_out + at, tl.sum(products, 0) - later)
+        to = offset64(program, L * L) + q[:, None] * L + q[None, :]
+        tl.store(dscores + to, total.to(bv.dtype))
+
+
+@triton.jit
+def ssd_group_backward_kernel(
+    z, B, C, states, others, dscores, grad, w_out, through, a_in, d_in, seq_idx, ids, bounds,
+    first, owner, T, NC, K, S, H, G, R,
+    stride_z_row, stride_z_token, stride_z_head, stride_b_row, stride_b_token, stride_b_group,
+    stride_c_row, stride_c_token, stride_c_group,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, OF_C: tl.constexpr, HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB of one chunk and group (z is x, states are G), or dC with OF_C (z is dy, states are S).
+
+    Per head also w: the part through the states times B, without the step, or times C. With OF_C
+    ``others`` are G, and ``through`` gets what a decay of the whole chunk multiplies, <G, S>.
+    """
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    g = program % G
+    k = program // G
+    row, t0, end, real = chunk_span(k, bounds, first, owner, T, NC, S, L, PACKED)
+    if real:
+        q = tl.arange(0, L)
+        live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
+        if OF_C:
+            mv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
+                      N, L, BLOCK_N, TMA)  # fmt: skip
+        else:
+            mv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
+                      N, L, BLOCK_N, TMA)  # fmt: skip
+        if HAS_IDS:
+            own, last, before = chunk_ids(ids, row, t0, T, L)
+        total = tl.zeros((L, BLOCK_N), tl.float32)
+        for i in tl.range(0, R, num_stages=STAGES):
+            h = g * R + i
+            at = (offset64(h, K) + k) * L
+            a, a_last = tl.load(a_in + at + q), tl.load(a_in + at + L - 1)
+            weight = tl.exp2(a) if OF_C else tl.exp2(a_last - a)
+            if HAS_IDS:
+                weight = tl.where(own == (before if OF_C else last), weight, 0.0)
+            part = tl.zeros((L, BLOCK_N), tl.float32)
+            inner = 0.0
+            for block in tl.static_range(blocks):
+                p0 = block * BLOCK_P
+                zv = tile(z, row, t0, h, p0, live, stride_z_row, stride_z_token, stride_z_head,
+                          P, L, BLOCK_P, TMA)  # fmt: skip
+                state = load_chunk_state(states, k * H + h, p0, P, BLOCK_P, BLOCK_N, TMA)
+                if OF_C:
+                    other = load_chunk_state(others, k * H + h, p0, P, BLOCK_P, BLOCK_N, TMA)
+                    both = state.to(tl.float32) * other.to(tl.float32)
+                    inner += tl.sum(tl.sum(both, 1), 0)
+                part = tl.dot(zv, state, part, input_precision=PRECISION)
+            tl.store(w_out + at + q, tl.sum(part * mv.to(tl.float32), 1) * weight)
+            if OF_C:
+                total += part * weight[:, None]
+                inner *= tl.exp2(a_last)
+                if HAS_IDS:
+                    inner = tl.where(last == before, inner, 0.0)
+                tl.store(through + offset64(h, K) + k, inner)
+            else:
+                total += part * (weight * tl.load(d_in + at + q))[:, None]
+        from_scores = tl.load(dscores + offset64(program, L * L) + q[:, None] * L + q[None, :])
+        if OF_C:
+            bv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
+                      N, L, BLOCK_N, TMA)  # fmt: skip
+            total = tl.dot(tl.trans(from_scores), bv, total, input_precision=PRECISION)
+        else:
+            cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
+                      N, L, BLOCK_N, TMA)  # fmt: skip
+            total = tl.dot(from_scores, cv, total, input_precision=PRECISION)
+        store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end, T, G, N, L, BLOCK_N, TMA)
+
+
+@triton.jit
+def ssd_steps_backward_kernel(
+    dt, dt_bias, A, u_in, v_in, r_in, p_in, d_in, through, ddt, dA, dbias, seq_idx, bounds, first,
+    owner, T, NC, K, S, H, stride_dt_row, stride_dt_token, stride_dt_head, dt_min, dt_max,
+    L: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_PAD: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """ddt of one chunk and BLOCK_H heads, and the chunk's part of dA and ddt_bias, (K, H)."""
+    k = tl.program_id(0)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row, t0, end, real = chunk_span(k, bounds, first, owner, T, NC, S, L, PACKED)
+    if real:
+        q = tl.arange(0, L)
+        heads = h < H
+        live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)[None, :] & heads[:, None]
+        at_dt = offset64(t0 + q, stride_dt_token)[None, :]
+        at_dt += offset64(row, stride_dt_row) + offset64(h, stride_dt_head)[:, None]
+        raw = tl.load(dt + at_dt, mask=live, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            raw += tl.load(dt_bias + h, mask=heads, other=0.0)[:, None]
+        soft = softplus(raw) if SOFTPLUS else raw
+
+        # The decay of step j acts from earlier tokens and the entering state to later ones and the
+        # leaving state. The sum over earlier tokens is shifted, not taken as a difference.
+        at = (offset64(h, K) + k)[:, None] * L + q[None, :]
+        mask = heads[:, None] & (q >= 0)[None, :]
+        d = tl.load(d_in + at, mask=mask, other=0.0)
+        r = tl.load(r_in + at, mask=mask, other=0.0)
+        shifted = mask & (q > 0)[None, :]
+        earlier = tl.load(r_in + at - 1, mask=shifted, other=0.0)
+        earlier *= tl.load(d_in + at - 1, mask=shifted, other=0.0)
+        later = tl.load(p_in + at, mask=mask, other=0.0)
+        if EXACT:
+            inner = tl.load(u_in + at - 1, mask=shifted, other=0.0)
+        else:
+            later += tl.load(u_in + at, mask=mask, other=0.0)
+            inner = 0.0
+        decay = tl.cumsum(later, 1, reverse=True) + tl.cumsum(earlier, 1) + inner
+        decay += tl.load(through + offset64(h, K) + k, mask=heads, other=0.0)[:, None]
+        rate = tl.load(A + h, mask=heads, other=0.0)[:, None]
+        grad = decay * rate + r + tl.load(v_in + at, mask=mask, other=0.0)
+        grad = tl.where(live & (soft >= dt_min) & (soft <= dt_max), grad, 0.0)
+        if SOFTPLUS:
+            grad = tl.where(raw <= SOFTPLUS_THRESHOLD, grad * sigmoid(raw), grad)
+        token = (offset64(row, T) + t0 + q)[None, :] * H + h[:, None]
+        tl.store(ddt + token, grad, mask=(t0 + q < end)[None, :] & heads[:, None])
+        to = offset64(k, H) + h
+        tl.store(dA + to, tl.sum(decay * d, 1), mask=heads)
+        if HAS_BIAS:
+            tl.store(dbias + to, tl.sum(grad, 1), mask=heads)

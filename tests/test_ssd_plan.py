@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from nemokernels.ops.ssd import op
+
+BOTH, HOPPER = ("triton", "reference"), (9, 0)
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def plan(sequences=8, tokens=4096, heads=128, width=64, state=128, dtypes=(BF16, F32),
+         state_dtype=None, backends=BOTH, capability=HOPPER, processors=132):  # fmt: skip
+    return op.plan(sequences, tokens, heads, width, state, dtypes, state_dtype, backends,
+                   capability, processors)  # fmt: skip
+
+
+def test_nemotron_shapes_run_on_triton_unsplit():
+    for heads in (64, 96, 112, 128, 256):
+        config = plan(heads=heads)
+        assert (config.backend, config.segment, config.chunk) == ("triton", 0, 64)
+        assert config.tma and config.tma_met
+
+
+@pytest.mark.parametrize(
+    ("problem", "segment"),
+    [(dict(sequences=1, tokens=131072, heads=64), 8192), (dict(sequences=1, heads=64), 0),
+     (dict(sequences=1, tokens=8192, heads=8), 0), (dict(sequences=1, tokens=8193, heads=8), 8192),
+     (dict(sequences=4, tokens=131072, heads=66), 0),
+     (dict(sequences=2, tokens=131072, heads=66, width=128), 0),
+     (dict(sequences=2, tokens=131072, heads=66), 8192)],
+)  # fmt: skip
+def test_long_sequences_are_split_where_programs_are_few(problem, segment):
+    assert plan(**problem).segment == segment
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [(dict(dtypes=(F64,)), "float64"), (dict(dtypes=(BF16, F64)), "float64"),
+     (dict(state=257), "257"), (dict(state_dtype=F32), "torch.float32")],
+)  # fmt: skip
+def test_what_no_kernel_takes_goes_to_the_reference_or_raises(problem, words):
+    config = plan(**problem)
+    assert config.backend == "reference" and words in config.reason
+    with pytest.raises(RuntimeError, match=f"ssd: .*{words}"):
+        plan(**problem, backends=("triton",))
+
+
+def test_the_rest():
+    assert plan(state_dtype=BF16).backend == "triton"
+    assert plan(backends=("reference",)).backend == "reference"
+    with pytest.raises(RuntimeError, match="no backend"):
+        plan(backends=())
+    ampere, blackwell = plan(capability=(8, 0)), plan(capability=(10, 0))
+    assert not ampere.tma and blackwell.tma and not blackwell.tma_met
+
+
+@pytest.mark.parametrize("capability", [(8, 0), HOPPER, (10, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("state", [1, 16, 100, 128, 200, 256])
+def test_segments_are_whole_chunks(state, dtype, capability):
+    config = plan(1, 99999, 2, 64, state, (dtype,), capability=capability)
+    assert config.segment % config.chunk == 0 and config.segment > 0
