@@ -87,7 +87,7 @@ def test_any_strides_give_the_same_bits(wide):
         return y, total, rstd, *alone, *grads, *kernel.backward(dy, x, weight, rstd, backward)
 
     want = run(x, residual, dy, weight)
-    for some in zip(views(x), views(residual), views(dy)):
+    for some in zip(views(x), views(residual), list(views(dy))[::-1]):
         got = run(*some, torch.stack((weight, weight), 1)[:, 0])
         assert all(torch.equal(a, b) for a, b in zip(got, want))
 
@@ -98,6 +98,16 @@ def test_gradient_without_a_row_of_its_own():
     dy = torch.ones(()).expand(6, 24)
     _, rstd = ref.forward(x, weight, 1e-5)
     compare("backward", (dy, x, weight, rstd), config_of(6, 24, True))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_sum_is_normalised_as_it_is_stored(wide):
+    x, residual = torch.randn(2, 3, 24).bfloat16()
+    weight = torch.randn(24)
+    config = WIDE[False] if wide else config_of(3, 24, False)
+    y, total, rstd = kernel.add_forward(x, residual, weight, 1e-5, config)
+    alone = kernel.forward(total, weight, 1e-5, config)
+    assert torch.equal(y, alone[0]) and torch.equal(rstd, alone[1])
 
 
 @pytest.mark.parametrize("programs", [1, 2, 5])
