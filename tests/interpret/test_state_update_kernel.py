@@ -113,7 +113,7 @@ def test_slots(target, integer):
 BOUNDS = ints(1, 4, 4, 5, 6, 8)  # three tokens, none, one (padding), one, two; one row on each side
 
 
-@pytest.mark.parametrize("accepted", [None, (2, 1, 1, 0, 2), (3, 1, 9, -1, 1)])
+@pytest.mark.parametrize("accepted", [None, (2, 1, 1, 0, 2), (3, 1, 8, -1, 1)])
 @pytest.mark.parametrize("where, dtype", [("same", F32), ("own", F16), ("last", F32)])
 def test_tokens_in_slots_of_their_own(accepted, where, dtype):
     source = ints([3, 4, 5], [8, 6, 7], [-1, -1, -1], [0, 1, 2], [9, 11, -1])
