@@ -51,6 +51,9 @@ def test_the_rest():
         plan(backends=())
     ampere, blackwell = plan(capability=(8, 0)), plan(capability=(10, 0))
     assert not ampere.tma and blackwell.tma and not blackwell.tma_met
+    for state in (128, 256):
+        small = plan(state=state, capability=(12, 0))
+        assert {small.scan[1], small.states[1], small.walk[1], small.group[1]} == {1}
 
 
 @pytest.mark.parametrize("capability", [(8, 0), HOPPER, (10, 0), (12, 0)])

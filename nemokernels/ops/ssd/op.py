@@ -81,6 +81,9 @@ def plan(
         settings = LAUNCHES.get((dtypes[0].itemsize, size), {})
         if capability >= (10, 0) and dtypes[0].itemsize == 4:
             settings = {**settings, "chunk": 32}  # with 64, some of its code is empty
+        if capability[0] == 12 or capability in ((8, 6), (8, 9)):  # 99 KiB of shared memory
+            pairs = {k: v for k, v in vars(Config("")).items() if isinstance(v, tuple)}
+            settings = {**settings, **{k: (settings.get(k, v)[0], 1) for k, v in pairs.items()}}
         hopper = capability[0] == 9
         config = Config("triton", tma=capability >= (9, 0), tma_met=hopper, **settings)
         programs = sequences * heads * _triton.cdiv(width, config.block_p)
