@@ -120,7 +120,7 @@ def test_tokens_in_slots_of_their_own(accepted, where, dtype):
     target = {
         "same": None,
         "own": ints([12, 4, -1], [8, 6, 7], [13, 13, 13], [0, 1, 2], [9, 11, 10]),
-        "last": ints(3, 8, 13, -1, 12),
+        "last": ints(3, 7, 13, -1, 12),
     }[where]
     args = problem(
         10, dtype=dtype, source=source, target=target, cu_seqlens=BOUNDS,
