@@ -197,6 +197,17 @@ def test_packed_equals_separate_bit_for_bit():
         assert torch.equal(grads[8][n : n + 1], one[8])
 
 
+def test_padding_is_zero_where_the_state_is_not_finite():
+    made = inputs(seq_idx=SEQ_IDX[:1], without=("z",))
+    made["initial_states"][:] = torch.nan
+    args, options, pad = [made[n] for n in INPUTS], (True, 0.0, INF), made["seq_idx"] < 0
+    out, final, ungated = kernel.forward(*args, *options, config=CONFIG)
+    nan = torch.full_like(final, torch.nan)
+    grads = kernel.backward(out, nan, *args, ungated, *options, config=CONFIG)
+    assert out[:, 0].isnan().all() and grads[0][:, -5].isnan().all()
+    assert all((t[pad] == 0).all() for t in (out, *(grads[i] for i in (0, 1, 3, 4))))
+
+
 def test_malformed_bounds_stay_inside_the_tensors():
     made = inputs(cu_seqlens=[0, 90, -7, 20])
     kernel.forward(*[made[n] for n in INPUTS], True, 0.0, INF, config=CONFIG)

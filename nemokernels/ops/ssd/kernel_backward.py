@@ -30,7 +30,6 @@ from nemokernels.ops.ssd.kernel_forward import (
 
 # Stands for a step of zero where a sum is divided by the step again.
 TINY = tl.constexpr(1e-30)
-SOFTPLUS_THRESHOLD = tl.constexpr(20.0)
 
 
 @triton.jit
@@ -149,6 +148,8 @@ def ssd_walk_backward_kernel(
         dyf = dyv.to(tl.float32)
         if D_AXES > 0:
             v += dyf * skip
+        if HAS_PAD:
+            v = tl.where(live[:, None], v, 0.0)  # also where the state is not finite
         store_tile(dx, v.to(dyv.dtype), row, t0, h, p0, t0 + q < end, T, H, P, L, BLOCK_P, TMA)
         scaled = (dyf * enter[:, None]).to(dyv.dtype)
         state = tl.dot(tl.trans(scaled), cv, state * decay, input_precision=PRECISION)
@@ -295,6 +296,8 @@ def ssd_group_backward_kernel(
             cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
                       N, L, BLOCK_N, TMA)  # fmt: skip
             total = tl.dot(from_scores, cv, total, input_precision=PRECISION)
+        if HAS_PAD:
+            total = tl.where(live[:, None], total, 0.0)
         store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end, T, G, N, L, BLOCK_N, TMA)
 
 
@@ -341,7 +344,7 @@ def ssd_steps_backward_kernel(
         grad = decay * rate + r + tl.load(v_in + at, mask=mask, other=0.0)
         grad = tl.where(live & (soft >= dt_min) & (soft <= dt_max), grad, 0.0)
         if SOFTPLUS:
-            grad = tl.where(raw <= SOFTPLUS_THRESHOLD, grad * sigmoid(raw), grad)
+            grad *= sigmoid(raw)  # 1 from 17 on, before the threshold where softplus ends
         token = (offset64(row, T) + t0 + q)[None, :] * H + h[:, None]
         tl.store(ddt + token, grad, mask=(t0 + q < end)[None, :] & heads[:, None])
         to = offset64(k, H) + h

@@ -276,7 +276,7 @@ def ssd_scan_kernel(
         if D_AXES > 0:
             y += xf * skip
         if HAS_PAD:
-            y = tl.where(live[:, None], y, 0.0)
+            y = tl.where(live[:, None], y, 0.0)  # also where the state is not finite
         tokens = t0 + q < end
         if HAS_Z:
             store_tile(ungated, y.to(xv.dtype), row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, False)
