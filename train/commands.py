@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -116,9 +117,9 @@ def train(
     corpus = Corpus.from_texts(encoder, read_texts(text_files(data)))
     network = load_model(model, seed=settings.seed)
     reports = fit(network, encoder, corpus, settings, out, save_every=save_every, fresh=fresh)
-    Console().print(
-        f"loss {reports[0].losses[0]:.3f} -> {reports[-1].losses[0]:.3f}, model in {out}"
-    )
+    if os.environ.get("RANK", "0") == "0":
+        change = f"loss {reports[0].losses[0]:.3f} -> {reports[-1].losses[0]:.3f}"
+        Console().print(f"{change}, model in {out / 'model'}", highlight=False)
     return 0
 
 
