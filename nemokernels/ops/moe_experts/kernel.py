@@ -1,0 +1,384 @@
+"""Triton kernels of moe_experts: grouped products over the rows of each expert.
+
+T tokens of width X, E experts of width F, k slots per token, R = T * k rows sorted by expert. Rows
+of tokens are gathered where they are loaded and results go straight to their slots, so no permuted
+copy exists. A table made on the device gives each tile of rows its expert; the grids depend on
+shapes alone, and programs without a tile return.
+
+Rows past the end of an expert, and strided columns past the width, are loaded from somewhere valid
+rather than masked: they only reach results that are not stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nemokernels import _triton
+from nemokernels._tl import column_sum, offset64
+from nemokernels._triton import cdiv
+
+TABLE_BLOCK = 32
+
+
+@triton.jit
+def moe_experts_tiles_kernel(
+    offsets_ptr,
+    expert_ptr,
+    row_ptr,
+    tiles,
+    experts,
+    BLOCK_M: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Expert (-1 for none) and first row of every tile of BLOCK_M rows.
+    lane = tl.arange(0, LANES)
+    inside = lane < experts
+    ends = tl.load(offsets_ptr + lane, mask=inside, other=0)
+    starts = tl.load(offsets_ptr + lane - 1, mask=inside & (lane > 0), other=0)
+    counts = tl.where(inside, ends - starts, 0)
+    needed = tl.cdiv(counts, BLOCK_M)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = tl.cumsum(needed, 0)[None, :] <= tile[:, None]
+    expert = tl.sum(before.to(tl.int32), 1)
+    within = tile - tl.sum(tl.where(before, needed[None, :], 0), 1)
+    row = tl.sum(tl.where(before, counts[None, :], 0), 1) + within * BLOCK_M
+    mask = tile < tiles
+    tl.store(expert_ptr + tile, tl.where(expert < experts, expert, -1), mask=mask)
+    tl.store(row_ptr + tile, row, mask=mask)
+
+
+@triton.jit
+def moe_experts_rows_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    expert_ptr,
+    row_ptr,
+    weights_ptr,
+    hidden_ptr,
+    partial_ptr,
+    width,
+    depth,
+    slots,
+    top_k,
+    stride_a_row,
+    stride_b_expert,
+    stride_b_n,
+    stride_b_k,
+    PART: tl.constexpr,
+    GATHER: tl.constexpr,
+    TMA_A: tl.constexpr,
+    TMA_B: tl.constexpr,
+    K_INNER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One tile of a_r @ b_e, (depth) x (depth, width). PART says what becomes of it: "up" squares,
+    # "slots" puts row r where its slot is, "dhidden" is the gradient past squared ReLU and weight.
+    # GATHER: a has a row per token. TMA: a or b is a descriptor of its rows; those of b run along
+    # the depth (K_INNER) or the width. SWAP: b is the left operand, for a handful of rows.
+    blocks_n = tl.cdiv(width, BLOCK_N)
+    tile = tl.program_id(0) // blocks_n
+    block_n = tl.program_id(0) % blocks_n
+    expert = tl.load(expert_ptr + tile)
+    if expert < 0:
+        return
+    first = tl.load(row_ptr + tile)
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < tl.load(offsets_ptr + expert)
+    slot = tl.load(order_ptr + row, mask=inside, other=0)
+    a_row = slot // top_k if GATHER else tl.where(inside, row, 0)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    if not TMA_A:
+        a_at = offset64(a_row, stride_a_row)
+        if SWAP:
+            a_ptrs = a_ptr + (a_at[None, :] + k[:, None])
+        else:
+            a_ptrs = a_ptr + (a_at[:, None] + k[None, :])
+    if not TMA_B:
+        # Clamped columns would hide from the compiler that neighbours are contiguous.
+        column = tl.minimum(n, width - 1) if K_INNER else n
+        b_at = offset64(expert, stride_b_expert) + offset64(column, stride_b_n)
+        if SWAP:
+            b_ptrs = b_ptr + (b_at[:, None] + offset64(k, stride_b_k)[None, :])
+        else:
+            b_ptrs = b_ptr + (b_at[None, :] + offset64(k, stride_b_k)[:, None])
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        left = depth - start
+        if TMA_A:
+            a = a_ptr.load([first, start])
+        elif EVEN_K:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k[:, None] if SWAP else k[None, :]) < left, other=0.0)
+        if TMA_B and K_INNER:
+            b = b_ptr.load([expert * width + block_n * BLOCK_N, start]).T
+        elif TMA_B:
+            b = b_ptr.load([expert * depth + start, block_n * BLOCK_N])
+        elif EVEN_K and K_INNER:
+            b = tl.load(b_ptrs)
+        elif SWAP:
+            b_mask = (k < left)[None, :] & (n < width)[:, None]
+            b = tl.load(b_ptrs, mask=b_mask, other=0.0)
+        else:
+            b_mask = (k < left)[:, None] & (n < width)[None, :]
+            b = tl.load(b_ptrs, mask=b_mask, other=0.0)
+        if SWAP:
+            acc = tl.dot(b, a, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        if not TMA_A:
+            a_ptrs += BLOCK_K
+        if not TMA_B:
+            b_ptrs += offset64(BLOCK_K, stride_b_k)
+    if SWAP:
+        acc = tl.trans(acc)
+    mask = inside[:, None] & (n < width)[None, :]
+    dtype = out_ptr.dtype.element_ty
+    if PART == "slots":
+        tl.store(out_ptr + (offset64(slot, width)[:, None] + n[None, :]), acc.to(dtype), mask=mask)
+    else:
+        at = offset64(row, width)[:, None] + n[None, :]
+        if PART == "up":
+            acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
+            acc *= acc
+        else:
+            hidden = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            weight = tl.load(weights_ptr + slot, mask=inside, other=0.0)
+            dweight = tl.sum(tl.where(mask, hidden * acc, 0.0), 1)
+            tl.store(partial_ptr + offset64(block_n, slots) + slot, dweight, mask=inside)
+            acc = 2.0 * tl.sqrt(hidden) * (weight[:, None] * acc)
+        tl.store(out_ptr + at, acc.to(dtype), mask=mask)
+
+
+@triton.jit
+def moe_experts_weight_grad_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    weights_ptr,
+    height,
+    width,
+    top_k,
+    stride_a_row,
+    stride_b_row,
+    DOWN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # out_e (height, width) = sum of a_r b_r^T over the rows of e. DOWN: a has a row per token and b
+    # is weighted; otherwise b has a row per token.
+    blocks_n = tl.cdiv(width, BLOCK_N)
+    blocks = tl.cdiv(height, BLOCK_M) * blocks_n
+    expert = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    m = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets_ptr + expert)
+    a_columns, b_columns = a_ptr + m[None, :], b_ptr + n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
+        inside = row < end
+        slot = tl.load(order_ptr + row, mask=inside, other=0)
+        token = slot // top_k
+        a_at = offset64(token if DOWN else row, stride_a_row)[:, None]
+        b_at = offset64(row if DOWN else token, stride_b_row)[:, None]
+        a_mask = inside[:, None] & (m < height)[None, :]
+        b_mask = inside[:, None] & (n < width)[None, :]
+        a = tl.load(a_columns + a_at, mask=a_mask, other=0.0)
+        b = tl.load(b_columns + b_at, mask=b_mask, other=0.0)
+        if DOWN:
+            weight = tl.load(weights_ptr + slot, mask=inside, other=0.0)
+            b = (b.to(tl.float32) * weight[:, None]).to(b_ptr.dtype.element_ty)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+    at = offset64(expert, height) + m
+    at = offset64(at, width)[:, None] + n[None, :]
+    mask = (m < height)[:, None] & (n < width)[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def moe_experts_slot_sum_kernel(
+    slots_ptr,
+    weights_ptr,
+    out_ptr,
+    width,
+    HAS_WEIGHTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # out_t = sum_j weight_tj * slot_tj, in the order of j.
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = offset64(token, TOP_K)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        at = offset64(first + j, width) + column
+        part = tl.load(slots_ptr + at, mask=column < width, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            part *= tl.load(weights_ptr + first + j)
+        total += part
+    at = offset64(token, width) + column
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+def forward(x, up, down, weights, offsets, order, config):
+    """As ref.forward."""
+    x, weights = _rows(x), weights.contiguous()
+    slots, top_k = order.shape[0], weights.shape[1]
+    tiles = _Tiles(offsets, order, top_k, config)
+    hidden = tiles.multiply(x, up.mT, x.new_empty(slots, up.shape[1]), "up", True)
+    out = tiles.multiply(hidden, down.mT, x.new_empty(slots, x.shape[1]), "slots", False)
+    return _slot_sum(out, weights, x.new_empty(x.shape)), hidden
+
+
+def backward(dy, x, up, down, weights, offsets, order, hidden, config):
+    """As ref.backward."""
+    dy, x, hidden, weights = _rows(dy), _rows(x), _rows(hidden), weights.contiguous()
+    slots, top_k = order.shape[0], weights.shape[1]
+    tiles = _Tiles(offsets, order, top_k, config)
+    blocks = cdiv(up.shape[1], config.rows.columns)
+    partial = torch.empty(blocks, slots, dtype=torch.float32, device=x.device)
+    da = x.new_empty(slots, up.shape[1])
+    tiles.multiply(dy, down, da, "dhidden", True, weights, hidden, partial)
+    dweights = column_sum(partial, weights.new_empty(weights.shape).view(-1)).view_as(weights)
+    out = tiles.multiply(da, up, x.new_empty(slots, x.shape[1]), "slots", False)
+    dx = _slot_sum(out, weights, x.new_empty(x.shape), weighted=False)
+    del out
+    dup = _weight_grad(da, x, up, weights, offsets, order, config.weights, down=False)
+    ddown = _weight_grad(dy, hidden, down, weights, offsets, order, config.weights, down=True)
+    return dx, dup, ddown, dweights
+
+
+class _Tiles:
+    """The tiles of rows that one call's products share."""
+
+    def __init__(self, offsets, order, top_k, config):
+        self.offsets, self.order = offsets.contiguous(), order.contiguous()
+        self.top_k, self.shape = top_k, config.rows
+        self.tma = config.tma and not config.rows.swap
+        slots, experts = order.shape[0], offsets.shape[0]
+        # Each expert with rows leaves at most one tile unfilled.
+        self.count = slots // self.shape.rows + min(slots, experts)
+        self.expert, self.row = offsets.new_empty(2, self.count)
+        if self.count:
+            moe_experts_tiles_kernel[(cdiv(self.count, TABLE_BLOCK),)](
+                self.offsets, self.expert, self.row, self.count, experts, BLOCK_M=self.shape.rows,
+                LANES=_triton.next_power_of_2(experts), BLOCK=TABLE_BLOCK, num_warps=4,
+            )  # fmt: skip
+
+    def multiply(self, a, b, out, part, gather, weights=None, hidden=None, partial=None):
+        """out = part(a_r @ b_e), b (E, depth, width) of any strides. Returns ``out``."""
+        depth, width = b.shape[1:]
+        shape, slots = self.shape, self.order.shape[0]
+        grid = (self.count * cdiv(width, shape.columns),)
+        if not grid[0]:
+            return out
+        k_inner = b.stride(1) == 1
+        b_rows = b.mT if k_inner else b
+        # A block that ran over the end of a matrix in k would meet the next expert's.
+        tma = self.tma and (k_inner or depth % shape.depth == 0) and _takes_tma(b_rows)
+        tma_a, a_arg, b_arg = self.tma and not gather and _takes_tma(a), a, b
+        if tma_a:
+            a_arg = TensorDescriptor.from_tensor(a, [shape.rows, shape.depth])
+        if tma:
+            block = [shape.columns, shape.depth] if k_inner else [shape.depth, shape.columns]
+            b_arg = TensorDescriptor.from_tensor(b_rows.view(-1, b_rows.shape[2]), block)
+        moe_experts_rows_kernel[grid](
+            a_arg, b_arg, out, self.order, self.offsets, self.expert, self.row, weights, hidden,
+            partial, width, depth, slots, self.top_k, a.stride(0), b.stride(0), b.stride(2),
+            b.stride(1), PART=part, GATHER=gather, TMA_A=tma_a, TMA_B=tma,
+            K_INNER=k_inner, EVEN_K=depth % shape.depth == 0, SWAP=shape.swap, BLOCK_M=shape.rows,
+            BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )  # fmt: skip
+        return out
+
+
+def _weight_grad(a, b, like, weights, offsets, order, shape, down):
+    """sum a_r b_r^T over each expert's rows, in the shape (E, height, width) of ``like``."""
+    out = like.new_empty(like.shape)
+    experts, height, width = like.shape
+    grid = (experts * cdiv(height, shape.rows) * cdiv(width, shape.columns),)
+    if grid[0]:
+        moe_experts_weight_grad_kernel[grid](
+            a, b, out, order.contiguous(), offsets.contiguous(), weights, height, width,
+            weights.shape[1], a.stride(0), b.stride(0), DOWN=down, BLOCK_M=shape.rows,
+            BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def _slot_sum(slots, weights, out, weighted=True):
+    """The sum of each token's slots (R, X), weighted or plain. Returns ``out``."""
+    tokens, width = out.shape
+    block = min(_triton.next_power_of_2(width), 2048)
+    if out.numel():
+        moe_experts_slot_sum_kernel[(tokens, cdiv(width, block))](
+            slots, weights, out, width, HAS_WEIGHTS=weighted, TOP_K=weights.shape[1], BLOCK=block,
+            num_warps=min(max(block // 256, 1), 8),
+        )  # fmt: skip
+    return out
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _takes_tma(t: torch.Tensor) -> bool:
+    # What a descriptor of the rows of a contiguous tensor needs.
+    inner = t.shape[-1] * t.element_size()
+    rows = t.numel() // max(t.shape[-1], 1)
+    aligned = inner % 16 == 0 and t.data_ptr() % 16 == 0
+    return t.is_contiguous() and aligned and 0 < rows < 2**31
+
+
+def specialisations():
+    """Launches to compile without a GPU: the layers of the models, bfloat16, the H100's plan."""
+    from nemokernels.ops.moe_experts.op import plan
+
+    def launch(tokens, experts, top_k, X, F, gradients=False):
+        slots = tokens * top_k
+        config = plan(slots, experts, torch.bfloat16, gradients, "", ("triton",), (9, 0))
+        empty = lambda *s: torch.empty(s, device="meta", dtype=torch.bfloat16)  # noqa: E731
+        x, up, down, hidden = (
+            empty(tokens, X), empty(experts, F, X), empty(experts, X, F), empty(slots, F)
+        )  # fmt: skip
+        weights = torch.empty(tokens, top_k, device="meta")
+        offsets, order = (
+            torch.empty(n, device="meta", dtype=torch.int32) for n in (experts, slots)
+        )
+        args = (x, up, down, weights, offsets, order)
+        if gradients:
+            return lambda: backward(x, *args, hidden, config)
+        return lambda: forward(*args, config)
+
+    nano = (128, 6, 2688, 1856)
+    for label, *problem in (
+        ("nano 16384", 16384, *nano),
+        ("nano 1024", 1024, *nano),
+        ("nano 8", 8, *nano),
+        ("super 16384 backward", 16384, 512, 22, 1024, 2688, True),
+        ("nano 1024 backward", 1024, *nano, True),
+    ):
+        yield _triton.Specialisation(label, launch(*problem))

@@ -1,0 +1,165 @@
+"""The Triton kernels of moe_experts, interpreted, against the reference."""
+
+import pytest
+import torch
+
+from nemokernels import testing
+from nemokernels.ops.moe_experts import kernel, op, ref
+from nemokernels.ops.moe_route import ref as route
+
+F32, F16 = torch.float32, torch.float16
+NAMES = ("y", "hidden", "dx", "dup", "ddown", "dweights")
+
+
+def make(tokens, experts, top_k, width, hidden, dtype=F32, chosen=None):
+    """Arguments of the forward, and dy. Without ``chosen`` expert 0 has no rows if it can."""
+    x, dy = torch.randn(2, tokens, width).to(dtype)
+    up = (torch.randn(experts, hidden, width) / max(width, 1) ** 0.5).to(dtype)
+    down = (torch.randn(experts, width, hidden) / max(hidden, 1) ** 0.5).to(dtype)
+    if chosen is None:
+        scores = torch.rand(tokens, experts)
+        scores[:, 0] -= 1
+        chosen = scores.argsort(-1, descending=True)[:, :top_k]
+    _, offsets, order = route.group_rows(chosen, experts)
+    return (x, up, down, torch.rand(tokens, top_k), offsets, order), dy
+
+
+def configs_of(args, capability=(9, 0)):
+    x, _, _, _, offsets, order = args
+    return [op.plan(order.shape[0], offsets.shape[0], x.dtype, way, "", ("triton",), capability)
+            for way in (False, True)]  # fmt: skip
+
+
+def run(args, dy, configs, functions=kernel):
+    out = functions.forward(*args, *configs[:1])
+    return *out, *functions.backward(dy, *args, out[1], *configs[1:])
+
+
+def compare(args, dy, configs=None):
+    """Forward and backward against the reference in float64; returns what they gave."""
+    configs = configs or configs_of(args)
+    low, got = ref.forward(*args), kernel.forward(*args, configs[0])
+    # From the same hidden: it is rounded, and saved as it is.
+    got += kernel.backward(dy, *args, low[1], configs[1])
+    exact = ref.forward(*testing.to_double(args))
+    exact += ref.backward(dy.double(), *testing.to_double(args), low[1].double())
+    low += ref.backward(dy, *args, low[1])
+    for name, a, want, plain in zip(NAMES, got, exact, low):
+        assert a.dtype == plain.dtype and a.is_contiguous(), name
+        testing.assert_matches(a, want, plain, name)
+    return got
+
+
+TILES = {
+    "swap": op.Tile(16, 32, 16, 1, 1, True),
+    "tall": op.Tile(32, 16, 32, 1, 1),
+    "wide": op.Tile(16, 32, 16, 1, 1),
+}
+
+
+def small(name, tma):
+    forward = op.Config("triton", TILES[name], None, tma)
+    return forward, op.Config("triton", TILES[name], TILES["tall"], tma)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tokens, experts, top_k, width, hidden",
+                         [(21, 3, 2, 48, 24), (5, 5, 4, 7, 19)])  # fmt: skip
+def test_tiles(tokens, experts, top_k, width, hidden, dtype, tile, tma):
+    compare(*make(tokens, experts, top_k, width, hidden, dtype), small(tile, tma))
+
+
+@pytest.mark.parametrize("tokens, dtype, capability", [
+    (10, F16, (9, 0)), (10, F16, (8, 9)), (30, F16, (9, 0)), (110, F16, (9, 0)),
+    (110, F16, (8, 0)), (50, F16, (8, 9)), (50, F32, (9, 0)),
+])  # fmt: skip
+def test_plans(tokens, dtype, capability):
+    args, dy = make(tokens, 2, 2, 136, 72, dtype, torch.tensor([[1, 0]]).expand(tokens, 2))
+    compare(args, dy, configs_of(args, capability))
+
+
+@pytest.mark.parametrize("tokens, experts, top_k", [(1, 1, 1), (1, 8, 3), (13, 16, 4), (30, 9, 1)])
+def test_sizes(tokens, experts, top_k):
+    compare(*make(tokens, experts, top_k, 10, 7))
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33])
+def test_all_to_one_expert(tokens):
+    args, dy = make(tokens, 6, 1, 24, 16, chosen=torch.full((tokens, 1), 4))
+    got = compare(args, dy, small("tall", True))
+    for grad in got[3:5]:
+        assert (grad[[0, 1, 2, 3, 5]] == 0).all() and grad[4].abs().sum() > 0
+
+
+def test_random_routings():
+    for tokens in range(1, 30, 7):
+        experts = 1 + tokens % 7
+        logits = torch.randn(tokens, experts) * torch.linspace(0, 6, experts)
+        top_k = 1 + tokens % experts
+        args, dy = make(tokens, experts, top_k, 16, 8, chosen=route.ranking(logits)[:, :top_k])
+        compare(args, dy, small(list(TILES)[tokens % 3], True))
+
+
+@pytest.mark.parametrize("size", [(0, 4, 2, 8, 8), (3, 4, 2, 0, 8), (3, 4, 2, 8, 0)])
+def test_empty(size):
+    args, dy = make(*size)
+    got, want = run(args, dy, configs_of(args)), run(args, dy, (), ref)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+def test_strides(tile, tma):
+    (x, up, down, weights, offsets, order), dy = make(25, 4, 2, 24, 16)
+    wide = torch.full((25, 60), torch.nan)
+    wide[:, 5:53:2] = x
+    turned = down.mT.contiguous().mT, weights.t().contiguous().t(), offsets, order
+    dy = torch.cat((dy, dy), 1)[:, :24]
+    up = up.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    compare((wide[:, 5:53:2], up, *turned), dy, small(tile, tma))
+    x, up = torch.cat((x, x), 1)[:, :24], torch.cat((up, up), 2)[..., :24]
+    compare((x, up, *turned), dy.t().clone().t(), small(tile, tma))
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("where", ["x", "up", "down", "dy"])
+def test_a_nan_stays_where_it_belongs(where, tile, tma):
+    args, dy = make(20, 5, 2, 24, 40, chosen=torch.tensor([[1, 2], [3, 4]]).repeat(10, 1))
+    x, up, down = args[:3]
+    {"x": x[3], "up": up[2], "down": down[2], "dy": dy[3]}[where].fill_(torch.nan)
+    got, want = run(args, dy, small(tile, tma)), run(args, dy, (), ref)
+    for name, a, b in zip(NAMES, got, want):
+        assert torch.equal(a.isnan(), b.isnan()), name
+        assert torch.isfinite(b).any()
+
+
+def test_overflow_and_dead_units():
+    args, dy = make(20, 4, 2, 24, 16, F16)
+    args[0][2] *= 3000
+    args[1][1] = -args[1][1].abs()
+    args[0][5] = args[0][5].abs()
+    got, want = run(args, dy, small("wide", True)), run(args, dy, (), ref)
+    assert want[1].isinf().any()
+    for name, a, b in zip(NAMES, got, want):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+
+
+def test_plan():
+    everywhere = ("triton", "reference")
+
+    def of(tokens, dtype=torch.bfloat16, backward=False, capability=(9, 0), experts=128):
+        return op.plan(tokens * 6, experts, dtype, backward, "", everywhere, capability)
+
+    assert of(16384) == op.Config("triton", op.Tile(128, 256, 64, 8, 4), None, True)
+    assert of(16384, capability=(8, 0)).rows.num_stages == 3
+    assert not of(16384, capability=(8, 0)).tma
+    assert of(1024).rows.rows == 64 and of(64).rows.swap and not of(64, F32).rows.swap
+    assert of(16384, capability=(12, 0)).rows == op.Tile(64, 128, 32, 4, 3)
+    assert of(8, backward=True).weights and not of(8).weights
+    assert "2048 experts, got 3000" in of(8, experts=3000).reason
+    assert of(0, experts=0).backend == "triton"
+    with pytest.raises(RuntimeError, match="got float64"):
+        op.plan(8, 8, F32, False, "got float64", ("triton",), (9, 0))

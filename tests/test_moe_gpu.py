@@ -1,0 +1,140 @@
+"""The Triton kernels of moe_route and moe_experts on a GPU."""
+
+import on_gpu
+import pytest
+import torch
+
+from nemokernels import Route, moe_experts, moe_route, testing, use_backend
+from nemokernels.ops.moe_route import ref
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with use_backend("moe_route", "triton"), use_backend("moe_experts", "triton"):
+        yield
+
+
+def spread(tokens, experts):
+    """Logits of which no two of a token have scores that rounding could confuse."""
+    steps = torch.rand(tokens, experts).argsort(-1).float()
+    return (steps + 0.5) * (8 / experts) - 4
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64, 1000, 16384])
+@pytest.mark.parametrize(
+    "experts, top_k, n_group, topk_group",
+    [(128, 6, 1, 1), (512, 22, 1, 1), (256, 8, 8, 4), (15, 3, 5, 2)],
+)
+def test_route(tokens, experts, top_k, n_group, topk_group):
+    logits, dweights = spread(tokens, experts), torch.randn(tokens, top_k)
+    bias = torch.linspace(0, 1e-5, experts)
+
+    def fn(logits):
+        bias_here = bias.to(logits.device)
+        return tuple(moe_route(logits, top_k=top_k, correction_bias=bias_here, n_group=n_group,
+                               topk_group=topk_group, scale=2.5))  # fmt: skip
+
+    for got, want in zip(fn(logits.cuda())[1:], fn(logits)[1:]):
+        assert torch.equal(got.cpu(), want)
+    if tokens:
+        on_gpu.compare(fn, [logits], [dweights])
+
+
+def test_route_of_equal_scores_and_nan():
+    logits = torch.randint(0, 3, (200, 128)).float()
+    logits[5, 7] = torch.nan
+    got, want = moe_route(logits.cuda(), top_k=6), moe_route(logits, top_k=6)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.cpu(), b, equal_nan=True)
+
+
+def problem(tokens, experts, top_k, width, hidden, dtype, skew=0.0):
+    x, dy = torch.randn(2, tokens, width).to(dtype)
+    up = (torch.randn(experts, hidden, width) / width**0.5).to(dtype)
+    down = (torch.randn(experts, width, hidden) / hidden**0.5).to(dtype)
+    logits = torch.randn(tokens, experts) + torch.linspace(-skew, 0, experts)
+    return x, up, down, moe_route(logits, top_k=top_k), dy
+
+
+def check(x, up, down, route, dy):
+    def fn(x, up, down, weights):
+        rest = (t.to(x.device) for t in route[1:])
+        return moe_experts(x, up, down, Route(weights, *rest))
+
+    on_gpu.compare(fn, [x, up, down, route.weights], [dy])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 4, 2, 64, 64), (7, 8, 3, 10, 7), (127, 6, 2, 264, 136),
+                                  (129, 3, 3, 64, 328), (700, 4, 2, 264, 136)])  # fmt: skip
+def test_experts(size, dtype):
+    check(*problem(*size, dtype))
+
+
+@pytest.mark.parametrize("shape", [(2688, 1856), (1024, 2688), (2048, 5120)])
+@pytest.mark.parametrize("tokens", [3, 100, 300])
+def test_widths_of_the_models(tokens, shape):
+    check(*problem(tokens, 4, 2, *shape, torch.bfloat16))
+
+
+def test_random_routings():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(100):
+        tokens, experts = torch.randint(1, 200, (2,), generator=generator).tolist()
+        top_k = 1 + tokens % min(experts, 5)
+        check(*problem(tokens, experts, top_k, 72, 40, torch.bfloat16, skew=tokens % 9))
+
+
+def test_all_to_one_expert():
+    x, up, down, route, dy = problem(300, 5, 1, 64, 72, torch.bfloat16, skew=200.0)
+    assert route.counts[4] == 300
+    check(x, up, down, route, dy)
+
+
+@pytest.mark.parametrize("tokens", [8, 1000, 16384])
+def test_repeats_and_graphs_have_the_same_bits(tokens):
+    x, dy = torch.randn(2, tokens, 1024, device="cuda").bfloat16()
+    up = torch.randn(32, 640, 1024, device="cuda").bfloat16() / 32
+    down = torch.randn(32, 1024, 640, device="cuda").bfloat16() / 32
+    logits = torch.randn(tokens, 32, device="cuda")
+    dweights = torch.randn(tokens, 4, device="cuda")
+    ops = torch.ops.nemokernels
+
+    def run():
+        route = ops.moe_route(logits, None, 4, 1, 1, True, 1.0)
+        args = (x, up, down, route[0], *route[3:])
+        y, hidden = ops.moe_experts(*args)
+        grads = ops.moe_experts_backward(dy, *args, hidden)
+        return *route, y, hidden, *grads, ops.moe_route_backward(dweights, logits, route[1],
+                                                                 True, 1.0)  # fmt: skip
+
+    first = run()
+    assert on_gpu.same_bits(first, run())
+    assert on_gpu.same_bits(first, on_gpu.replay(run))
+
+
+def test_real_layer():
+    """nano3's layer at 1024 tokens: a few tokens and experts against the reference."""
+    x = torch.randn(1024, 2688, device="cuda").bfloat16()
+    up = torch.randn(128, 1856, 2688, device="cuda").bfloat16() / 52
+    down = torch.randn(128, 2688, 1856, device="cuda").bfloat16() / 43
+    route = moe_route(torch.randn(1024, 128, device="cuda"), top_k=6)
+    y = moe_experts(x, up, down, route)
+    for t in (0, 511, 1023):
+        chosen = route.experts[t].long()
+        args = [x[t : t + 1], up[chosen], down[chosen], route.weights[t : t + 1]]
+        args = [a.cpu() for a in args]
+        alone = Route(args[3], *ref_of_one_token())
+        low = moe_experts(*args[:3], alone)
+        exact = moe_experts(*(a.double() for a in args[:3]),
+                            alone._replace(weights=args[3].double()))  # fmt: skip
+        testing.assert_matches(y[t : t + 1], exact, low, f"token {t}")
+
+
+def ref_of_one_token():
+    chosen = torch.arange(6)[None]
+    counts, offsets, order = ref.group_rows(chosen, 6)
+    return chosen.int(), counts, offsets, order
