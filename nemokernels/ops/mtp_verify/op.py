@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nemokernels._registry import acc_dtype, family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.mtp_verify import ref
 
-FAMILY = family("mtp_verify")
+FAMILY = family("mtp_verify", {"triton": _triton.reason})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend runs and tokens per program or step of each kernel; why not Triton if not."""
+
+    backend: str
+    block: int = 0
+    num_warps: int = 0
+    block_cut: int = 0
+    num_warps_cut: int = 0
+    block_draw: int = 0
+    num_warps_draw: int = 0
+    reason: str = ""
+
+
+def plan(vocab: int, unsupported: str, backends: tuple[str, ...]) -> Config:
+    """The configuration for a vocabulary; ``unsupported`` says what bars Triton.
+
+    It is the same for every batch, so that the batch changes no bit.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+        return Config("reference", reason=unsupported)
+    # Not measured. 32 logits per thread are in flight where they are read once.
+    width = max(_triton.next_power_of_2(vocab), 16)
+    block, block_cut, block_draw = min(width, 8192), min(width, 8192), min(width, 2048)
+    warps = [max(size // 1024, 1) for size in (block, 2 * block_cut, 2 * block_draw)]
+    return Config("triton", block, warps[0], block_cut, warps[1], block_draw, warps[2])
+
+
+def _verify_cuda(logits, drafts, draft_lengths, draft_probs, *rest):
+    config = plan(
+        logits.shape[2], _triton.unsupported(logits, draft_probs),
+        _backends.usable(FAMILY.name, logits.device),
+    )  # fmt: skip
+    args = (logits, drafts, draft_lengths, draft_probs, *rest)
+    if config.backend == "reference":
+        return reference_on_cuda("mtp_verify", ref.forward)(*args)
+    from nemokernels.ops.mtp_verify import kernel
+
+    with torch.cuda.device_of(logits):
+        return kernel.verify(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -45,4 +93,5 @@ mtp_verify = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
+    cuda=_verify_cuda,
 )
