@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from nemokernels._registry import acc_dtype, family, register
+from nemokernels import _backends, _triton
+from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.attention import ref
 
 FAMILY = family("attention")
+CACHE_FAMILY = family("attention_with_cache", {"triton": _triton.reason})
+
+WIDEST = 256  # head size; a program holds whole heads
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which backend attends to a cache: keys per part and tiles; why not Triton if it does not."""
+
+    backend: str
+    part: int = 0
+    block_h: int = 0
+    block_n: int = 0
+    block_d: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    reason: str = ""
+
+
+def plan(
+    heads: int,
+    groups: int,
+    dim: int,
+    room: int,
+    dtype: torch.dtype,
+    unsupported: str,
+    backends: tuple[str, ...],
+) -> Config:
+    """The configuration for a cache of ``room`` tokens; ``unsupported`` says what bars Triton.
+
+    It is the same for every batch and number of new tokens, so that neither changes a bit.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if not unsupported and dim > WIDEST:
+        unsupported = f"the Triton kernels take heads up to {WIDEST}, got {dim}"
+    if not unsupported and heads // groups > 64:
+        unsupported = f"the Triton kernels take up to 64 heads per group, got {heads // groups}"
+    if _triton.needs_reference(CACHE_FAMILY.name, unsupported, backends):
+        return Config("reference", reason=unsupported)
+    # Not measured. At most 64 parts, whose partial results stay small beside what they read.
+    part = max(_triton.next_power_of_2(_triton.cdiv(room, 64)), 512)
+    block_h = max(_triton.next_power_of_2(heads // groups), 16)
+    block_d = max(_triton.next_power_of_2(dim), 16)
+    block_n = 64 if block_d * dtype.itemsize <= 256 else 32
+    return Config("triton", part, block_h, block_n, block_d, 4, 3 if dtype.itemsize == 2 else 2)
+
+
+def _with_cache_cuda(q, k, v, k_cache, v_cache, lengths, slots, scale):
+    config = plan(
+        q.shape[2], k.shape[2], q.shape[3], k_cache.shape[1], q.dtype,
+        _triton.unsupported(q, k_cache), _backends.usable(CACHE_FAMILY.name, q.device),
+    )  # fmt: skip
+    args = (q, k, v, k_cache, v_cache, lengths, slots, scale)
+    if config.backend == "reference":
+        return reference_on_cuda("attention_with_cache", ref.with_cache)(*args)
+    from nemokernels.ops.attention import kernel
+
+    with torch.cuda.device_of(q):
+        return kernel.with_cache(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -68,10 +132,11 @@ attention = register(
 )
 
 attention_with_cache = register(
-    FAMILY,
+    CACHE_FAMILY,
     "attention_with_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor lengths, Tensor slots, float scale) -> Tensor",
     reference=ref.with_cache,
     fake=lambda q, *rest: q.new_empty(q.shape),
     example=_example_cache,
+    cuda=_with_cache_cuda,
 )

@@ -1,0 +1,243 @@
+"""Triton kernels of attention_with_cache: write the new tokens, attend to parts, combine.
+
+A program takes the query heads of one token that share a key-value head, and one part of the keys.
+The parts and the tiles depend on the cache alone and are combined in order, so that a query's bits
+depend neither on the other tokens of the call nor on the batch. Rows whose slot or length the cache
+does not hold are left out as padding is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nemokernels import _triton
+from nemokernels._tl import offset64
+from nemokernels._triton import cdiv
+
+
+@triton.jit
+def _row(lengths_ptr, slots_ptr, b, tokens, slots, room):
+    # Slot and old length of a row, and whether it is one: no padding, and inside the cache.
+    slot, length = tl.load(slots_ptr + b), tl.load(lengths_ptr + b)
+    held = (slot >= 0) & (slot < slots) & (length >= 0) & (length <= room - tokens)
+    return slot, length, held
+
+
+@triton.jit
+def attention_write_kernel(
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    lengths_ptr,
+    slots_ptr,
+    tokens,
+    slots,
+    room,
+    groups,
+    dim,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_d,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_d,
+    stride_kc_s,
+    stride_kc_t,
+    stride_kc_h,
+    stride_kc_d,
+    stride_vc_s,
+    stride_vc_t,
+    stride_vc_h,
+    stride_vc_d,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(0) % groups
+    t = tl.program_id(0) // groups % tokens
+    b = tl.program_id(0) // groups // tokens
+    slot, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
+    d = tl.arange(0, BLOCK_D)
+    mask = (d < dim) & held
+    k_at = offset64(b, stride_k_b) + offset64(t, stride_k_t) + offset64(group, stride_k_h)
+    k = tl.load(k_ptr + k_at + offset64(d, stride_k_d), mask=mask, other=0.0)
+    v_at = offset64(b, stride_v_b) + offset64(t, stride_v_t) + offset64(group, stride_v_h)
+    v = tl.load(v_ptr + v_at + offset64(d, stride_v_d), mask=mask, other=0.0)
+    place = length + t
+    k_at = offset64(slot, stride_kc_s) + offset64(place, stride_kc_t)
+    k_at += offset64(group, stride_kc_h)
+    k_at += offset64(d, stride_kc_d)
+    tl.store(k_cache_ptr + k_at, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    v_at = offset64(slot, stride_vc_s) + offset64(place, stride_vc_t)
+    v_at += offset64(group, stride_vc_h)
+    v_at += offset64(d, stride_vc_d)
+    tl.store(v_cache_ptr + v_at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_part_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    lengths_ptr,
+    slots_ptr,
+    sums_ptr,
+    top_ptr,
+    total_ptr,
+    scale,
+    tokens,
+    slots,
+    room,
+    groups,
+    heads,
+    dim,
+    parts,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_d,
+    stride_kc_s,
+    stride_kc_t,
+    stride_kc_h,
+    stride_kc_d,
+    stride_vc_s,
+    stride_vc_t,
+    stride_vc_h,
+    stride_vc_d,
+    PART: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    part = tl.program_id(0) % parts
+    group = tl.program_id(0) // parts % groups
+    t = tl.program_id(0) // parts // groups % tokens
+    b = tl.program_id(0) // parts // groups // tokens
+    slot, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
+    seen = length + t + 1
+    if held and part * PART < seen:
+        d = tl.arange(0, BLOCK_D)
+        shared = heads // groups
+        lane = tl.arange(0, BLOCK_H)
+        head = group * shared + lane
+        q_at = offset64(b, stride_q_b) + offset64(t, stride_q_t)
+        q_at += offset64(head, stride_q_h)[:, None] + offset64(d, stride_q_d)[None, :]
+        q_mask = (lane < shared)[:, None] & (d < dim)[None, :]
+        q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
+        top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        sums = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        k_base = k_cache_ptr + offset64(slot, stride_kc_s) + offset64(group, stride_kc_h)
+        v_base = v_cache_ptr + offset64(slot, stride_vc_s) + offset64(group, stride_vc_h)
+        for start in range(part * PART, tl.minimum((part + 1) * PART, seen), BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            k_at = offset64(d, stride_kc_d)[:, None] + offset64(key, stride_kc_t)[None, :]
+            k_mask = (d < dim)[:, None] & (key < seen)[None, :]
+            k = tl.load(k_base + k_at, mask=k_mask, other=0.0).to(q.dtype)
+            v_at = offset64(key, stride_vc_t)[:, None] + offset64(d, stride_vc_d)[None, :]
+            v_mask = (key < seen)[:, None] & (d < dim)[None, :]
+            v = tl.load(v_base + v_at, mask=v_mask, other=0.0).to(q.dtype)
+            scores = tl.dot(q, k, input_precision="ieee") * scale
+            scores = tl.where((key < seen)[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            p = tl.exp(scores - higher[:, None])
+            fade = tl.exp(top - higher)
+            total = total * fade + tl.sum(p, 1)
+            sums = sums * fade[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
+            top = higher
+        at = offset64(offset64(b, tokens) + t, heads) + head
+        at = at * parts + part
+        tl.store(top_ptr + at, top, mask=lane < shared)
+        tl.store(total_ptr + at, total, mask=lane < shared)
+        tl.store(sums_ptr + offset64(at, dim)[:, None] + d[None, :], sums, mask=q_mask)
+
+
+@triton.jit
+def attention_combine_kernel(
+    sums_ptr,
+    top_ptr,
+    total_ptr,
+    lengths_ptr,
+    slots_ptr,
+    out_ptr,
+    tokens,
+    slots,
+    room,
+    heads,
+    dim,
+    parts,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0) // heads % tokens
+    b = tl.program_id(0) // heads // tokens
+    _, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
+    used = tl.where(held, tl.cdiv(length + t + 1, PART), 0)
+    d = tl.arange(0, BLOCK_D)
+    first = offset64(tl.program_id(0), parts)
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, used, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        mask = part < used
+        tops = tl.load(top_ptr + first + part, mask=mask, other=float("-inf"))
+        totals = tl.load(total_ptr + first + part, mask=mask, other=0.0)
+        at = offset64(first + part, dim)[:, None] + d[None, :]
+        s = tl.load(sums_ptr + at, mask=mask[:, None] & (d < dim)[None, :], other=0.0)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        fade, weight = tl.exp(top - higher), tl.exp(tops - higher)
+        total = total * fade + tl.sum(totals * weight, 0)
+        sums = sums * fade + tl.sum(s * weight[:, None], 0)
+        top = higher
+    out = tl.where(used > 0, sums / tl.where(used > 0, total, 1.0), 0.0)
+    at = offset64(tl.program_id(0), dim) + d
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=d < dim)
+
+
+def with_cache(q, k, v, k_cache, v_cache, lengths, slots, scale, config):
+    """As ref.with_cache, without its checks of index values."""
+    (rows, tokens, heads, dim), (held, room, groups, _) = q.shape, k_cache.shape
+    out = q.new_empty(q.shape)
+    parts = cdiv(room, config.part)
+    if not out.numel():
+        return out
+    if not held or not room:
+        return out.zero_()
+    lengths, slots = lengths.contiguous(), slots.contiguous()
+    attention_write_kernel[(rows * tokens * groups,)](
+        k, v, k_cache, v_cache, lengths, slots, tokens, held, room, groups, dim, *k.stride(),
+        *v.stride(), *k_cache.stride(), *v_cache.stride(), BLOCK_D=config.block_d, num_warps=1,
+    )  # fmt: skip
+    sums = q.new_empty(rows, tokens, heads, parts, dim, dtype=torch.float32)
+    top, total = q.new_empty(2, rows, tokens, heads, parts, dtype=torch.float32)
+    attention_part_kernel[(rows * tokens * groups * parts,)](
+        q, k_cache, v_cache, lengths, slots, sums, top, total, scale, tokens, held, room, groups,
+        heads, dim, parts, *q.stride(), *k_cache.stride(), *v_cache.stride(), PART=config.part,
+        BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    attention_combine_kernel[(rows * tokens * heads,)](
+        sums, top, total, lengths, slots, out, tokens, held, room, heads, dim, parts,
+        PART=config.part, BLOCK=8, BLOCK_D=config.block_d, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def specialisations():
+    """Launches to compile without a GPU: 32 query heads on 2, of 128, bfloat16."""
+    from nemokernels.ops.attention.op import plan
+
+    def launch(rows, tokens, room):
+        config = plan(32, 2, 128, room, torch.bfloat16, "", ("triton",))
+        q = torch.empty(rows, tokens, 32, 128, device="meta", dtype=torch.bfloat16)
+        cache = torch.empty(rows, room, 2, 128, device="meta", dtype=torch.bfloat16)
+        one = torch.empty(rows, device="meta", dtype=torch.int32)
+        return lambda: with_cache(q, q[:, :, :2], q[:, :, :2], cache, cache, one, one, 0.1, config)
+
+    yield _triton.Specialisation("batch 64 of 8192", launch(64, 1, 8192))
+    yield _triton.Specialisation("batch 2 of 131072, 5 tokens", launch(2, 5, 131072))
