@@ -279,7 +279,7 @@ class _Tiles:
         slots, experts = order.shape[0], offsets.shape[0]
         # Each expert with rows leaves at most one tile unfilled.
         self.count = slots // self.shape.rows + min(slots, experts)
-        self.expert, self.row = offsets.new_empty(2, self.count)
+        self.expert, self.row = (offsets.new_empty(self.count) for _ in range(2))
         if self.count:
             moe_experts_tiles_kernel[(cdiv(self.count, TABLE_BLOCK),)](
                 self.offsets, self.expert, self.row, self.count, experts, BLOCK_M=self.shape.rows,

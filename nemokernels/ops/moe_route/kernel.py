@@ -25,8 +25,8 @@ LAST = tl.constexpr(-0x80000000)  # behind every score, also -inf
 
 @triton.jit
 def _rank(x):
-    # int32 in the order of float32: NaN above every number, -0 equal to 0.
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    # int32 in the order of float32, NaN above every number. No score is -0: a sum with a sigmoid.
+    bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(x == x, bits, 0x7FFFFFFF)
 
