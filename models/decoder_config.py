@@ -56,6 +56,8 @@ _ALIASES = {
     "layer_norm_eps": "norm_eps",
     "rms_norm_eps": "norm_eps",
 }
+_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "norm_eps")
+_ROPE = ("rope_scaling", "rope_parameters")
 # A different value would change the result and no released model has one: refused, not ignored.
 _FIXED = {
     "sliding_window": None,
@@ -102,10 +104,10 @@ class DecoderConfig:
     num_hidden_layers: int
     num_attention_heads: int
     head_dim: int
+    norm_eps: float
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
     block_configs: tuple[Mapping[str, object], ...] | None = field(default=None, hash=False)
-    norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
     rope_scaling: Llama3Scaling | None = None
@@ -167,7 +169,9 @@ class DecoderConfig:
     def from_dict(cls, data: Mapping[str, object]) -> DecoderConfig:
         """Read the fields of a config.json, in any of its spellings."""
         check_object(data)
-        left = {key: value for key, value in data.items() if value is not None}
+        known = [spec.name for spec in dataclasses.fields(cls) if spec.name != "extra"]
+        read = {*known, *_ALIASES, *_FIXED, *_ROPE, "layer_types"}
+        left = {k: value for k, value in data.items() if value is not None or k not in read}
         model_type = left.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None:
@@ -184,11 +188,13 @@ class DecoderConfig:
         _read_rope(left)
         left.setdefault("partial_rotary_factor", family.rotary)
         left.setdefault("initializer_range", family.initializer_range)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        for name in _NEEDED:
             if name not in left:
+                name = family.norm_field if name == "norm_eps" else name
                 raise ConfigError(f"`{name}` is missing")
-            check_type(name, left[name], "int")
         if "head_dim" not in left:
+            for name in ("hidden_size", "num_attention_heads"):
+                check_type(name, left[name], "int")
             left["head_dim"], rest = divmod(left["hidden_size"], left["num_attention_heads"])
             if rest:
                 raise ConfigError("`head_dim` is missing and the heads do not divide the width")
@@ -197,7 +203,6 @@ class DecoderConfig:
             left.setdefault("num_key_value_heads", left["num_attention_heads"])
         elif isinstance(blocks, (list, tuple)):
             left["block_configs"] = tuple(blocks)
-        known = [spec.name for spec in dataclasses.fields(cls) if spec.name != "extra"]
         return cls(**{name: left.pop(name) for name in known if name in left}, extra=left)
 
     def to_dict(self) -> dict[str, object]:
@@ -223,7 +228,7 @@ class DecoderConfig:
 def _read_rope(left: dict[str, object]) -> None:
     """Both spellings: ``rope_theta`` and ``rope_scaling``, or transformers 5's one object."""
     found: dict[str, object] = {}
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in _ROPE:
         if name in left:
             check_object(left[name], name)
             found |= {key: value for key, value in left.pop(name).items() if value is not None}
@@ -297,7 +302,7 @@ def _part(config: DecoderConfig, index: int, entry: object, part: str, size: str
     check_object(fields, where)
     for name in sorted(set(fields) - {size, "no_op"}):
         # replace_with_linear, windows, sinks, sparsity, other mixers: no released model has any.
-        if fields[name] not in (None, False):
+        if fields[name] is not None and fields[name] is not False:
             raise ConfigError(
                 f"`{where}.{name}` is {show(fields[name])}; only null and false are supported"
             )

@@ -27,11 +27,11 @@ def block(kv_group=None, ffn=None):
 # 2 * mult * 32 / 3 rounded up: 256 from 0.5, 12.0 and 12.01 straddle it.
 BLOCKS = [block(2, 0.5), block(None, 12.0), block(None, None), block(1, None), block(4, 12.01)]
 FIELDS = {
-    "llama": dict(UNIFORM, model_type="llama", rope_scaling=SCALING),
+    "llama": dict(UNIFORM, model_type="llama", rope_scaling=SCALING, rms_norm_eps=1e-3),
     "mistral": dict(UNIFORM, model_type="mistral", sliding_window=None, rms_norm_eps=1e-3),
     "nemotron": dict(UNIFORM, model_type="nemotron", head_dim=16, norm_eps=1e-3),
     "nemotron-nas": dict(SIZES, model_type="nemotron-nas", num_hidden_layers=5,
-                         block_configs=BLOCKS, rope_scaling=SCALING),
+                         block_configs=BLOCKS, rope_scaling=SCALING, rms_norm_eps=1e-3),
 }  # fmt: skip
 FAMILIES = list(FIELDS)
 

@@ -72,6 +72,18 @@ def test_prefill_and_cached_decode(pair):
     assert difference(torch.cat(ours, 1), torch.cat(theirs, 1)) <= 1e-4
 
 
+@pytest.mark.parametrize("family", CLASSES)
+def test_bfloat16_is_no_worse_than_theirs(family, tmp_path):
+    """Errors of both against the same weights in float64."""
+    write_peer(tmp_path, family, {})
+    peer = CLASSES[family][1].from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model, tokens = from_pretrained(tmp_path, dtype=torch.bfloat16), hybrids.tokens(4, 60)
+    with torch.no_grad():
+        ours, theirs = model(tokens).double(), peer(tokens).logits.double()
+        true = model.double()(tokens)
+    assert (ours - true).norm() <= 2 * (theirs - true).norm()
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformers_reads_what_is_saved(name, tmp_path):
     family, changes = VARIANTS[name]
