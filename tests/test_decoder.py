@@ -1,6 +1,7 @@
 """Decoders against an independent formula; positions, caches, packing, training and generation."""
 
 import dataclasses
+import json
 import math
 
 import decoders
@@ -13,6 +14,8 @@ from test_checkpoint import stored_bytes
 
 from nemokernels.models import build, exact, from_pretrained, generate, save_pretrained
 from nemokernels.models.decoder import rope_table
+from nemokernels.models.runs import Packed
+from nemokernels.train.commands import load_model
 from nemokernels.train.data import Batch
 from nemokernels.train.objective import Objective
 from nemokernels.train.trainer import Trainer
@@ -132,6 +135,14 @@ def test_angles_are_exact_far_out():
     assert narrow.dtype == torch.float32 and torch.equal(narrow, cos.float())
 
 
+def test_packed_positions_start_anew():
+    """Attention would not notice: it depends on differences of positions alone."""
+    bounds = torch.tensor([0, 2, 2, 3, 6], dtype=torch.int32)
+    tokens = hybrids.tokens(1, 6)
+    assert Packed(None, bounds).positions(tokens).tolist() == [[0, 1, 0, 0, 1, 2]]
+    assert Packed(None, None).positions(hybrids.tokens(2, 3)).tolist() == [[0, 1, 2]]
+
+
 def test_packed_is_separate(model):
     rows = [hybrids.tokens(1, length, seed=length) for length in (5, 0, 1, 17)]
     bounds = torch.tensor([0, 5, 5, 6, 23], dtype=torch.int32)
@@ -248,6 +259,14 @@ def test_units_to_shard_are_the_layers_that_hold_something():
     assert [len(list(unit.parameters())) for unit in model.fsdp_units()] == [9, 4, 5, 9]
     assert [*model.new_state(1, 4).keys] == [0, 3, 4]
     assert [key.shape[2] for key in model.new_state(1, 4).keys.values()] == [2, 4, 1]
+
+
+@pytest.mark.parametrize("family", decoders.FAMILIES)
+def test_the_command_line_builds_from_a_config_file(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(decoders.config(family).to_dict()))
+    model = load_model(str(tmp_path / "config.json"), seed=0)
+    assert model.config.model_type == family
+    assert model.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", decoders.FAMILIES)
