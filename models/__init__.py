@@ -1,20 +1,29 @@
-"""The Nemotron-H family: configurations, the model, its state, checkpoints and generation."""
+"""The models: configurations, state, checkpoints and generation, the same for every family."""
 
+from nemokernels.models.build import build
+from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.checkpoint import checkpoint_spec, from_pretrained
-from nemokernels.models.config import ConfigError, NemotronHConfig
+from nemokernels.models.config import NemotronHConfig
+from nemokernels.models.decoder import Decoder
+from nemokernels.models.decoder_config import DecoderConfig
+from nemokernels.models.families import read_config
+from nemokernels.models.fields import ConfigError
 from nemokernels.models.files import CheckpointError
 from nemokernels.models.generation import Generation, generate
 from nemokernels.models.linear import exact
 from nemokernels.models.names import TensorSpec
-from nemokernels.models.nemotron_h import NemotronH, build
+from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.quantization import Quantization
 from nemokernels.models.saving import save_pretrained
 from nemokernels.models.state import State
 from nemokernels.models.variants import Variant, list_variants
 
 __all__ = [
+    "CausalLM",
     "CheckpointError",
     "ConfigError",
+    "Decoder",
+    "DecoderConfig",
     "Generation",
     "NemotronH",
     "NemotronHConfig",
@@ -28,5 +37,6 @@ __all__ = [
     "from_pretrained",
     "generate",
     "list_variants",
+    "read_config",
     "save_pretrained",
 ]

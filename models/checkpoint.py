@@ -1,4 +1,4 @@
-"""Loading ``nemotron_h`` checkpoints: a folder with config.json and safetensors files.
+"""Loading checkpoints: a folder with config.json and safetensors files.
 
 Loading is strict. Headers are checked in full before anything is allocated: every tensor the
 configuration asks for must be there once, with its shape and dtype, and nothing else may be. Then
@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,10 @@ from torch import nn
 
 import nemokernels
 from nemokernels.models import names
-from nemokernels.models.config import ConfigError, NemotronHConfig
+from nemokernels.models.build import build
+from nemokernels.models.causal_lm import CausalLM
+from nemokernels.models.families import Config, parse_config
+from nemokernels.models.fields import ConfigError
 from nemokernels.models.files import (
     CONFIG,
     CheckpointError,
@@ -28,8 +32,7 @@ from nemokernels.models.files import (
     StoredTensor,
     read_json,
 )
-from nemokernels.models.names import TensorSpec
-from nemokernels.models.nemotron_h import NemotronH, build
+from nemokernels.models.names import Layout, TensorSpec
 from nemokernels.models.quantization import (
     Quantization,
     Scheme,
@@ -42,15 +45,13 @@ from nemokernels.models.variants import find_config
 QUANT_CONFIG = "hf_quant_config.json"
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_TENSORS = 1_000_000  # twenty times the largest model; above it a configuration is nonsense
-# Prefix of the language model and, below it, of its layers; the first is the published one.
-LAYOUTS = [(wrapper, trunk) for wrapper in ("", "language_model.")
-           for trunk in ("backbone.", "model.")]  # fmt: skip
+WRAPPERS = ("", "language_model.")  # before all names of the language model
 # Towers of the multimodal repositories, beside `language_model.`; their tensors are not read.
 OTHER_TOWERS = ("vision_model.", "mlp1.", "sound_encoder.", "sound_projection.",
                 "video_embedder.", "vision_projector.")  # fmt: skip
 
 
-def checkpoint_spec(name_or_config: str | NemotronHConfig) -> dict[str, TensorSpec]:
+def checkpoint_spec(name_or_config: str | Config) -> dict[str, TensorSpec]:
     """Name -> (shape, dtype) of every tensor of the published bfloat16 checkpoint, in its order.
 
     All are bfloat16 except the routers' correction biases, which are float32.
@@ -66,13 +67,14 @@ def from_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> NemotronH:
+) -> CausalLM:
     """Load a checkpoint folder in the Hugging Face layout.
 
-    Accepts ``model.safetensors`` or shards with ``model.safetensors.index.json``; the prefixes
-    ``backbone.`` (published) and ``model.`` (transformers 5 in memory, experts stacked or not),
-    each also under ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8
-    and NVFP4, which are dequantised (``model.quantization`` keeps the rest of what they say).
+    Accepts ``model.safetensors`` or shards with ``model.safetensors.index.json``; for
+    ``nemotron_h`` the prefixes ``backbone.`` (published) and ``model.`` (transformers 5 in memory,
+    experts stacked or not); every prefix also under ``language_model.``; bfloat16, float16, float32
+    or float64; and ModelOpt's FP8 and NVFP4, which are dequantised (``model.quantization`` keeps
+    the rest of what they say).
 
     Args:
         folder: the checkpoint.
@@ -99,7 +101,7 @@ def from_pretrained(
     config = _config(folder, data)
     problems = Problems(folder)
     with Shards(folder, problems) as shards:
-        plan = _plan(config, _scheme(folder, data), shards.tensors, problems)
+        plan = _plan(config, _scheme(folder, data, names.layout(config)), shards.tensors, problems)
         scalars = _scalars(plan, shards, problems) if plan.quantization else {}
         problems.raise_if_any()
         model = build(config, device="meta", dtype=dtype or plan.dtype)
@@ -125,12 +127,12 @@ class Plan(NamedTuple):
     quantization: Quantization | None
 
 
-def _config(folder: Path, data: dict) -> NemotronHConfig:
+def _config(folder: Path, data: dict) -> Config:
     for nested in ("llm_config", "text_config"):
         data = data[nested] if isinstance(data.get(nested), dict) else data
     data = {key: value for key, value in data.items() if key != "quantization_config"}
     try:
-        config = NemotronHConfig.from_dict(data)
+        config = parse_config(data)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     count = names.tensor_count(config)
@@ -139,7 +141,7 @@ def _config(folder: Path, data: dict) -> NemotronHConfig:
     return config
 
 
-def _scheme(folder: Path, data: dict) -> Scheme | None:
+def _scheme(folder: Path, data: dict, layout: Layout) -> Scheme | None:
     found = []
     if os.path.lexists(folder / QUANT_CONFIG):
         value = read_json(folder, QUANT_CONFIG).get("quantization")
@@ -151,7 +153,7 @@ def _scheme(folder: Path, data: dict) -> Scheme | None:
         if not isinstance(value, dict):
             raise CheckpointError(f"{folder / file}: the quantisation must be an object")
         try:
-            schemes.append(parse_scheme(file, value, _module))
+            schemes.append(parse_scheme(file, value, partial(_module, layout)))
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from None
     if len({scheme.algorithm for scheme in schemes}) > 1:
@@ -159,19 +161,23 @@ def _scheme(folder: Path, data: dict) -> Scheme | None:
     return schemes[0] if schemes else None
 
 
-def _module(name: str) -> str:
+def _module(layout: Layout, name: str) -> str:
     """A module's name in a quantisation list, in our spelling."""
     name = name.removeprefix("language_model.")
-    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+    trunk = next((trunk for trunk in layout.trunks if name.startswith(trunk)), "")
+    return layout.trunk + name.removeprefix(trunk) if trunk else name
 
 
-def _canonical(stored: dict[str, StoredTensor], problems: Problems) -> dict[str, StoredTensor]:
+def _canonical(
+    layout: Layout, stored: dict[str, StoredTensor], problems: Problems
+) -> dict[str, StoredTensor]:
     """The stored tensors under the published names; what has no such name is a problem."""
-    fitting = [both for both in LAYOUTS if "".join(both) + "embeddings.weight" in stored]
+    both = [(wrapper, trunk) for wrapper in WRAPPERS for trunk in layout.trunks]
+    fitting = [pair for pair in both if "".join(pair) + layout.embeddings in stored]
     if len(fitting) > 1:
-        prefixes = ", ".join("".join(both) for both in fitting)
-        problems.add(f"embeddings.weight: stored under several prefixes ({prefixes})")
-    wrapper, trunk = (fitting or LAYOUTS)[0]
+        prefixes = ", ".join("".join(pair) for pair in fitting)
+        problems.add(f"{layout.embeddings}: stored under several prefixes ({prefixes})")
+    wrapper, trunk = (fitting or both)[0]
     tensors = {}
     for name, tensor in stored.items():
         bare = name.removeprefix(wrapper)
@@ -179,8 +185,8 @@ def _canonical(stored: dict[str, StoredTensor], problems: Problems) -> dict[str,
             if not name.startswith(OTHER_TOWERS):
                 problems.add(f"{name}: unexpected (in {tensor.file})")
         elif bare.startswith(trunk):
-            tensors["backbone." + bare.removeprefix(trunk)] = tensor
-        elif bare.startswith(("lm_head.", "mtp.")):
+            tensors[layout.trunk + bare.removeprefix(trunk)] = tensor
+        elif bare.startswith(layout.beside):
             tensors[bare] = tensor
         else:
             problems.add(f"{name}: unexpected (in {tensor.file})")
@@ -188,12 +194,12 @@ def _canonical(stored: dict[str, StoredTensor], problems: Problems) -> dict[str,
 
 
 def _plan(
-    config: NemotronHConfig,
+    config: Config,
     scheme: Scheme | None,
     stored: dict[str, StoredTensor],
     problems: Problems,
 ) -> Plan:
-    tensors = _canonical(stored, problems)
+    tensors = _canonical(names.layout(config), stored, problems)
     shapes: dict[str, tuple[int, ...]] = {}
     wanted: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
     for name, shape in names.tensor_shapes(config):
@@ -260,7 +266,7 @@ def _scalars(plan: Plan, shards: Shards, problems: Problems) -> dict[str, torch.
 
 
 def _fill(
-    model: NemotronH,
+    model: CausalLM,
     plan: Plan,
     shards: Shards,
     scalars: dict[str, torch.Tensor],

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from nemokernels.models.fields import (
+    MAX_LAYERS,
+    ConfigError,
+    check_divides,
+    check_fixed,
+    check_object,
+    check_type,
+    read_file,
+    rename,
+    show,
+)
 
 __all__ = ["ConfigError", "NemotronHConfig"]
 
@@ -46,13 +57,7 @@ _FIXED = {
     "n_shared_experts": 1,
 }
 
-MAX_SIZE = 1 << 24  # above every released size by a factor of 100; a damaged file exceeds it
-MAX_LAYERS = 4096
 _FLOAT32_MAX = 3.4028234663852886e38
-
-
-class ConfigError(ValueError):
-    """config.json is not a usable Nemotron-H configuration; the message names the field."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class NemotronHConfig:
         object.__setattr__(self, "time_step_limit", limits)
         for spec in dataclasses.fields(self):
             if spec.name not in ("extra", "time_step_limit"):
-                _check_type(spec.name, getattr(self, spec.name), spec.type)
+                check_type(spec.name, getattr(self, spec.name), spec.type)
         _check(self)
 
     @property
@@ -123,6 +128,22 @@ class NemotronHConfig:
         return self.mtp_hybrid_override_pattern if self.num_nextn_predict_layers else ""
 
     @property
+    def mamba_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that keep a convolution window and an SSM state."""
+        return tuple(index for index, letter in enumerate(self.pattern) if letter == "M")
+
+    @property
+    def kv_heads(self) -> dict[int, int]:
+        """Layer -> key-value heads, of those with attention. The MTP block's count on."""
+        letters = enumerate(self.pattern + self.mtp_pattern)
+        return {index: self.num_key_value_heads for index, letter in letters if letter == "*"}
+
+    @property
+    def depth(self) -> int:
+        """How many mixers write into the residual stream, the MTP block's aside."""
+        return len(self.pattern)
+
+    @property
     def d_inner(self) -> int:
         """Width of a Mamba layer. The file's ``expand`` sizes nothing."""
         return self.mamba_num_heads * self.mamba_head_dim
@@ -135,19 +156,10 @@ class NemotronHConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> NemotronHConfig:
         """Read the fields of a config.json, in any of its spellings."""
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"config must be a JSON object, got {type(data).__name__}")
+        check_object(data)
         left = dict(data)
-        for name, want in _FIXED.items():
-            if left.get(name, want) != want:
-                raise ConfigError(f"`{name}` is {_show(left[name])}; only {want!r} is supported")
-        for old, new in _ALIASES.items():
-            if old in left:
-                value = left.pop(old)
-                if left.setdefault(new, value) != value:
-                    raise ConfigError(
-                        f"`{old}` is {_show(value)} but `{new}` is {_show(left[new])}"
-                    )
+        check_fixed(left, _FIXED)
+        rename(left, _ALIASES)
         pattern = _pattern(left, _PATTERN_KEYS)
         if pattern is None:
             raise ConfigError(
@@ -156,7 +168,7 @@ class NemotronHConfig:
         layers = left.pop("num_hidden_layers", None)
         if layers is not None and layers != len(pattern):
             raise ConfigError(
-                f"`num_hidden_layers` is {_show(layers)} but {len(pattern)} are listed"
+                f"`num_hidden_layers` is {show(layers)} but {len(pattern)} are listed"
             )
         mtp = _pattern(left, _MTP_KEYS)
         left["hybrid_override_pattern"] = pattern
@@ -173,14 +185,7 @@ class NemotronHConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> NemotronHConfig:
         """Read a config.json file."""
-        try:
-            data = json.loads(Path(path).read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not readable JSON: {error}") from error
-        try:
-            return cls.from_dict(data)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return read_file(path, cls.from_dict)
 
     def to_dict(self) -> dict[str, object]:
         """The fields of a config.json that transformers, vLLM and :meth:`from_dict` read."""
@@ -204,7 +209,7 @@ def _pattern(data: dict[str, object], names: tuple[str, ...]) -> str | None:
     for name in names:
         data.pop(name, None)
     if len(set(found.values())) > 1:
-        raise ConfigError("; ".join(f"`{name}` says {_show(p)}" for name, p in found.items()))
+        raise ConfigError("; ".join(f"`{name}` says {show(p)}" for name, p in found.items()))
     return next(iter(found.values()), None)
 
 
@@ -212,27 +217,20 @@ def _letters(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
-        raise ConfigError(f"`{name}` must be a string or a list of words, got {_show(value)}")
+        raise ConfigError(f"`{name}` must be a string or a list of words, got {show(value)}")
     wrong = next((word for word in value if word not in _LETTERS), None)
     if wrong is not None:
-        raise ConfigError(f"`{name}` holds {_show(wrong)}, expected one of {', '.join(_LETTERS)}")
+        raise ConfigError(f"`{name}` holds {show(wrong)}, expected one of {', '.join(_LETTERS)}")
     return "".join(_LETTERS[word] for word in value)
 
 
 def _limits(value: object) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ConfigError(f"`time_step_limit` must be [low, high], got {_show(value)}")
+        raise ConfigError(f"`time_step_limit` must be [low, high], got {show(value)}")
     low, high = (_number(v) for v in value)
     if low is None or high is None or not 0 <= low <= high:
-        raise ConfigError(f"`time_step_limit` must be 0 <= low <= high, got {_show(value)}")
+        raise ConfigError(f"`time_step_limit` must be 0 <= low <= high, got {show(value)}")
     return low, high
-
-
-def _show(value: object) -> str:
-    try:
-        return f"{value!r:.80}"
-    except (ValueError, RecursionError):  # an integer of thousands of digits, endless nesting
-        return f"a {type(value).__name__} too long to show"
 
 
 def _number(value: object) -> float | None:
@@ -247,27 +245,6 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _check_type(name: str, value: object, kind: str) -> None:
-    if value is None and kind.endswith("| None"):
-        return
-    kind = kind.removesuffix(" | None")
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    good = {
-        "int": integer,
-        "float": integer or isinstance(value, float),
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-    }[kind]
-    if not good:
-        raise ConfigError(f"`{name}` must be of type {kind}, got {_show(value)}")
-    if kind == "int":
-        low = 0 if name == "num_nextn_predict_layers" else 1
-        if not low <= value <= MAX_SIZE:
-            raise ConfigError(f"`{name}` must be from {low} to {MAX_SIZE}, got {_show(value)}")
-    if kind == "float" and not 0 <= value <= 1e6:  # also refuses NaN
-        raise ConfigError(f"`{name}` must be from 0 to 1e6, got {_show(value)}")
-
-
 def _check(config: NemotronHConfig) -> None:
     for name, pattern, allowed in (
         ("hybrid_override_pattern", config.pattern, "M*-E"),
@@ -275,7 +252,7 @@ def _check(config: NemotronHConfig) -> None:
         ("mtp_hybrid_override_pattern", config.mtp_pattern, "*-E"),
     ):
         if set(pattern) - set(allowed):
-            raise ConfigError(f"`{name}` may hold {allowed!r}, got {_show(pattern)}")
+            raise ConfigError(f"`{name}` may hold {allowed!r}, got {show(pattern)}")
         if len(pattern) > MAX_LAYERS:
             raise ConfigError(f"`{name}` has {len(pattern)} layers, at most {MAX_LAYERS}")
     if not config.pattern:
@@ -288,7 +265,7 @@ def _check(config: NemotronHConfig) -> None:
             if getattr(config, name) is None:
                 raise ConfigError(f"`{name}` is missing; the pattern has {letter!r} layers")
     if "M" in used:
-        _divides(config, "mamba_num_heads", "n_groups")
+        check_divides(config, "mamba_num_heads", "n_groups")
         if not 2 <= config.conv_kernel <= 4:
             raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
         if not config.time_step_min <= config.time_step_max:
@@ -299,12 +276,12 @@ def _check(config: NemotronHConfig) -> None:
         if config.mamba_ssm_cache_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(
                 "`mamba_ssm_cache_dtype` must be float32, bfloat16 or float16, got "
-                f"{_show(config.mamba_ssm_cache_dtype)}"
+                f"{show(config.mamba_ssm_cache_dtype)}"
             )
     if "*" in used:
-        _divides(config, "num_attention_heads", "num_key_value_heads")
+        check_divides(config, "num_attention_heads", "num_key_value_heads")
     if "E" in used:
-        _divides(config, "n_routed_experts", "n_group")
+        check_divides(config, "n_routed_experts", "n_group")
         if config.topk_group > config.n_group:
             raise ConfigError(f"`topk_group` {config.topk_group} exceeds {config.n_group} groups")
         choice = config.n_routed_experts // config.n_group * config.topk_group
@@ -313,9 +290,3 @@ def _check(config: NemotronHConfig) -> None:
                 f"`num_experts_per_tok` is {config.num_experts_per_tok}, but a token chooses among "
                 f"{choice} experts"
             )
-
-
-def _divides(config: NemotronHConfig, whole: str, part: str) -> None:
-    a, b = getattr(config, whole), getattr(config, part)
-    if a % b:
-        raise ConfigError(f"`{whole}` is {a}, not a multiple of `{part}` {b}")

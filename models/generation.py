@@ -11,8 +11,8 @@ import torch
 
 from nemokernels import mtp_verify
 from nemokernels._checks import check
+from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.linear import exact as exact_products
-from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.state import State
 
 __all__ = ["Generation", "generate"]
@@ -43,7 +43,7 @@ class Generation:
 
 
 def generate(
-    model: NemotronH,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -147,7 +147,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: NemotronH,
+        model: CausalLM,
         state: State,
         choose: Callable,
         speculate: int,
@@ -269,7 +269,7 @@ def _alive(requests: list[_Request], drafts: torch.Tensor) -> tuple[list[_Reques
 
 
 @contextlib.contextmanager
-def _evaluating(model: NemotronH) -> Iterator[None]:
+def _evaluating(model: CausalLM) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
@@ -287,8 +287,8 @@ def _ends(eos: int | Sequence[int] | None) -> frozenset[int]:
 
 
 def _check(model, prompts, max_new_tokens, speculate, request_ids) -> None:
-    if not isinstance(model, NemotronH):
-        raise TypeError(f"generate: `model` must be a NemotronH, got {type(model).__name__}")
+    if not isinstance(model, CausalLM):
+        raise TypeError(f"generate: `model` must be a CausalLM, got {type(model).__name__}")
     for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"generate: `{name}` must be an int, got {type(value).__name__}")

@@ -7,24 +7,35 @@ import math
 import torch
 from torch import nn
 
+from nemokernels.models.norms import LayerNorm1P
+
 __all__ = ["reset_parameters"]
 
 
 @torch.no_grad()
 def reset_parameters(model: nn.Module) -> None:
-    """Fill every parameter and buffer of a NemotronH.
+    """Fill every parameter and buffer of a model of any family.
 
     Linear layers, experts, routers and embeddings: normal(0, initializer_range). Weights that write
     into the residual stream are divided by the square root of the number of layers (the scheme of
     GPT-2) if the config's ``rescale_prenorm_residual`` says so; an MTP block counts its own layers.
+    LayerNorms, whose weights are stored minus one, are zero.
     Mamba: A uniform in [1, 16], step sizes log-uniform in [time_step_min, time_step_max] and not
     below time_step_floor, D one. Norms are one, buffers zero.
     """
     c, std = model.config, model.config.initializer_range
+    centred = {
+        f"{path}.{leaf}"
+        for path, module in model.named_modules()
+        if isinstance(module, LayerNorm1P)
+        for leaf in ("weight", "bias")
+    }
     for name, parameter in model.named_parameters():
-        layers = len(c.mtp_pattern if name.startswith("mtp.") else c.pattern)
+        layers = len(c.mtp_pattern) if name.startswith("mtp.") else c.depth
         leaf = name.removesuffix(".weight").rpartition(".")[2]
-        if leaf in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
+        if name in centred:
+            nn.init.zeros_(parameter)
+        elif leaf in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
             scale = math.sqrt(layers) if c.rescale_prenorm_residual else 1.0
             nn.init.normal_(parameter, std=std / scale)
         elif "norm" in leaf or leaf == "D":

@@ -11,12 +11,13 @@ import math
 import torch
 from torch import nn
 
-from nemokernels import moe_experts, moe_route, relu2, rms_norm, rmsnorm_fn
+from nemokernels import moe_experts, moe_route, relu2, rmsnorm_fn
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.linear import Linear, linear, row_by_row
+from nemokernels.models.norms import RMSNorm
 from nemokernels.models.runs import Run
 
-__all__ = ["MLP", "MoE", "Attention", "Mamba2", "RMSNorm", "Router"]
+__all__ = ["MLP", "MoE", "Attention", "Mamba2", "Router"]
 
 
 class Wide(nn.Module):
@@ -35,16 +36,6 @@ class Wide(nn.Module):
             return tensor.to(out.device, torch.float32) if narrow else out
 
         return super()._apply(apply, recurse=False)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, **kwargs):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, **kwargs))
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
-        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
 
 
 class Conv1d(nn.Module):

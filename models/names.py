@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of the tensors in a published ``nemotron_h`` checkpoint.
+"""Names, shapes and dtypes of the tensors in a published checkpoint.
 
 H hidden, V vocabulary, E experts. The module names, and all tensor names but the experts', are also
 those of the model in memory.
@@ -12,13 +12,30 @@ from typing import NamedTuple
 
 import torch
 
+from nemokernels.models.decoder_config import DecoderConfig
+
 # In memory these are at least float32, whatever the model's dtype is.
 WIDE_LEAVES = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
 
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>up_proj|down_proj)\.weight")
 _LINEAR = re.compile(
-    r"(?:lm_head|.*\.(?:in_proj|out_proj|[qkvo]_proj|up_proj|down_proj|fc[12]_latent_proj|eh_proj))"
+    r"(?:lm_head|.*\.(?:in_proj|out_proj|[qkvo]_proj|up_proj|gate_proj|down_proj|fc[12]_latent_proj|eh_proj))"
 )
+
+
+class Layout(NamedTuple):
+    """How a family's tensor names begin."""
+
+    trunk: str
+    embeddings: str  # below the trunk
+    trunks: tuple[str, ...]  # that are read; the first is the published one
+    beside: tuple[str, ...]  # the trunk
+
+
+_NEMOTRON_H = Layout(
+    "backbone.", "embeddings.weight", ("backbone.", "model."), ("lm_head.", "mtp.")
+)
+_DECODER = Layout("model.", "embed_tokens.weight", ("model.",), ("lm_head.",))
 
 
 class TensorSpec(NamedTuple):
@@ -60,8 +77,15 @@ def is_stack(name: str) -> bool:
     return name.endswith((".experts.up_proj", ".experts.down_proj"))
 
 
+def layout(config) -> Layout:
+    """How the names of this configuration's tensors begin."""
+    return _DECODER if isinstance(config, DecoderConfig) else _NEMOTRON_H
+
+
 def tensor_count(config) -> int:
     """How many tensors :func:`tensor_shapes` yields, without making them."""
+    if isinstance(config, DecoderConfig):
+        return sum(1 for _ in _decoder_shapes(config))
     moe = 4 + 2 * (config.n_routed_experts or 0) + 2 * (config.moe_latent_size is not None)
     mixer = {"M": 8, "*": 4, "-": 2, "E": moe}
     layers = sum(1 + mixer[letter] for letter in config.pattern + config.mtp_pattern)
@@ -70,6 +94,32 @@ def tensor_count(config) -> int:
 
 def tensor_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every stored tensor, in the order of the layers."""
+    return (_decoder_shapes if isinstance(config, DecoderConfig) else _hybrid_shapes)(config)
+
+
+def _decoder_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    H, V = config.hidden_size, config.vocab_size
+    inner = config.num_attention_heads * config.head_dim
+    norm = ("weight", "bias") if config.family.layer_norm else ("weight",)
+    ffn = ("gate", "up") if config.family.gated else ("up",)
+    yield "model.embed_tokens.weight", (V, H)
+    for index, block in enumerate(config.blocks):
+        prefix = f"model.layers.{index}"
+        if block.kv_heads is not None:
+            kv = block.kv_heads * config.head_dim
+            yield from ((f"{prefix}.input_layernorm.{leaf}", (H,)) for leaf in norm)
+            for leaf, shape in zip("qkvo", ((inner, H), (kv, H), (kv, H), (H, inner))):
+                yield f"{prefix}.self_attn.{leaf}_proj.weight", shape
+        if block.ffn is not None:
+            yield from ((f"{prefix}.post_attention_layernorm.{leaf}", (H,)) for leaf in norm)
+            yield from ((f"{prefix}.mlp.{leaf}_proj.weight", (block.ffn, H)) for leaf in ffn)
+            yield f"{prefix}.mlp.down_proj.weight", (H, block.ffn)
+    yield from ((f"model.norm.{leaf}", (H,)) for leaf in norm)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (V, H)
+
+
+def _hybrid_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
     H, V = config.hidden_size, config.vocab_size
     yield "backbone.embeddings.weight", (V, H)
     for index, letter in enumerate(config.pattern):

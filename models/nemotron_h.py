@@ -5,23 +5,19 @@ Every layer is ``x + mixer(norm(x))``. Shapes: B rows, T tokens, H hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
 from nemokernels._checks import check, check_tensor
+from nemokernels.models.causal_lm import INTEGERS, CausalLM
 from nemokernels.models.config import NemotronHConfig
-from nemokernels.models.init import reset_parameters
 from nemokernels.models.linear import Linear
-from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE, RMSNorm, Router
-from nemokernels.models.runs import Decode, Packed, Prefill, Run
+from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE
+from nemokernels.models.norms import RMSNorm
+from nemokernels.models.runs import Run
 from nemokernels.models.state import State
-from nemokernels.models.variants import find_config
 
-__all__ = ["NemotronH", "build"]
-
-INTEGERS = (torch.int64, torch.int32)
+__all__ = ["NemotronH"]
 
 
 class Layer(nn.Module):
@@ -93,14 +89,14 @@ class MTP(nn.Module):
         return last.final_layernorm(x, residual)[0]
 
 
-class NemotronH(nn.Module):
+class NemotronH(CausalLM):
     """A Nemotron-H language model.
 
     Args:
         config: its sizes.
         device, dtype: of its parameters; A_log, D, dt_bias and the routers are at least float32.
             Values are unset until :meth:`reset_parameters` or a checkpoint fills them
-            (:func:`build` and ``from_pretrained`` do).
+            (``build`` and ``from_pretrained`` do).
     """
 
     def __init__(
@@ -117,43 +113,9 @@ class NemotronH(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
         self.mtp = MTP(config, **kwargs) if config.mtp_pattern else None
 
-    def forward(self, tokens: torch.Tensor, **context) -> torch.Tensor:
-        """Logits (B, T, V) of the next token at every position; arguments as :meth:`hidden`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and context.get("state") is None):
-            return self.lm_head(self.hidden(tokens, **context))
-
-    def hidden(
-        self,
-        tokens: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor | None = None,
-        state: State | None = None,
-        slots: torch.Tensor | None = None,
-        decode: bool = False,
-    ) -> torch.Tensor:
-        """Hidden states after the final norm, which ``lm_head`` turns into logits.
-
-        Args:
-            tokens: (B, T) int64 or int32. Every row is a sequence.
-            cu_seqlens: (n + 1,) int32 bounds of n sequences packed into the one row of tokens.
-                Nothing crosses a bound.
-            state: continue these sequences from what the state holds, and write them to it
-                (:meth:`new_state`); without gradients.
-            slots: (B,) or (n,) int32, the state's slot of each sequence; None: 0, 1, 2, ...
-                Negative: padding, which touches no slot.
-            decode: take T <= draft_tokens + 1 tokens per row through the recurrent kernels;
-                ``state.accept`` must follow. Otherwise the chunked kernels, and all tokens stay.
-
-        Returns:
-            (B, T, H) in the model's dtype.
-        """
-        check_tensor("NemotronH", "tokens", tokens, shape=(None, None), dims="(B, T)",
-                     dtypes=INTEGERS)  # fmt: skip
-        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
-            run = self._run(tokens, cu_seqlens, state, slots, decode, mtp=False)
-            hidden = self.backbone(tokens, run)
-            run.commit()
-        return hidden
+    @property
+    def trunk(self) -> Backbone:
+        return self.backbone
 
     def mtp_hidden(
         self,
@@ -188,71 +150,3 @@ class NemotronH(nn.Module):
             hidden = self.mtp(hidden, self.backbone.embeddings(next_tokens), run)
             run.commit()
         return hidden
-
-    def _run(self, tokens, cu_seqlens, state, slots, decode, *, mtp: bool) -> Run:
-        if state is None:
-            check("NemotronH", slots is None and not decode, "`slots` and `decode` need a `state`")
-            return Packed(self.config, cu_seqlens)
-        if decode:
-            check("NemotronH", cu_seqlens is None, "`cu_seqlens` excludes `decode`")
-            return Decode(self.config, state, tokens, slots, mtp=mtp)
-        return Prefill(self.config, state, tokens, cu_seqlens, slots, mtp=mtp)
-
-    def new_state(
-        self,
-        slots: int,
-        max_length: int,
-        *,
-        draft_tokens: int = 0,
-        dtype: torch.dtype | None = None,
-        ssm_dtype: torch.dtype | None = None,
-    ) -> State:
-        """Room for ``slots`` sequences of up to ``max_length`` tokens; see :class:`State`.
-
-        ``dtype`` (convolution and key-value cache) defaults to the model's, ``ssm_dtype`` to the
-        config's ``mamba_ssm_cache_dtype``.
-        """
-        weight = self.lm_head.weight
-        return State(
-            self.config,
-            slots,
-            max_length,
-            draft_tokens=draft_tokens,
-            dtype=dtype or weight.dtype,
-            ssm_dtype=ssm_dtype,
-            device=weight.device,
-        )
-
-    def fsdp_units(self) -> list[nn.Module]:
-        """The modules to shard one by one: every layer, and the MTP block as a whole."""
-        return [*self.backbone.layers, *([] if self.mtp is None else [self.mtp])]
-
-    def routers(self) -> Iterator[Router]:
-        """The routers of all mixture-of-experts layers, in order."""
-        return (module for module in self.modules() if isinstance(module, Router))
-
-    @property
-    def expert_counts(self) -> torch.Tensor:
-        """(routers, experts) int64: tokens per expert seen in training mode since last zeroed."""
-        counts = [router.expert_counts for router in self.routers()]
-        return torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
-
-    def reset_parameters(self) -> None:
-        """Fill every parameter and buffer with its initial value; see :mod:`.init`."""
-        reset_parameters(self)
-
-
-def build(
-    name_or_config: str | NemotronHConfig,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> NemotronH:
-    """A freshly initialised model of a variant (see ``list_variants``) or configuration.
-
-    ``device="meta"`` gives the shapes without memory or values.
-    """
-    model = NemotronH(find_config(name_or_config), device=device, dtype=dtype)
-    if model.lm_head.weight.device.type != "meta":
-        model.reset_parameters()
-    return model

@@ -1,7 +1,8 @@
 """The three ways a model call runs over tokens.
 
 A mixer does not know whether it trains, prefills or decodes. It asks its run for the three
-operations that look across tokens: the convolution, the scan and attention.
+operations that look across tokens: the convolution, the scan and attention; a model with rotary
+embeddings also asks for the tokens' positions.
 
 * :class:`Packed` - no state: training and scoring.
 * :class:`Prefill` - chunked kernels, continuing from a state and writing to it.
@@ -26,7 +27,6 @@ from nemokernels import (
 from nemokernels._activations import softplus
 from nemokernels._checks import check, check_tensor
 from nemokernels._registry import acc_dtype
-from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.linear import is_exact
 from nemokernels.models.state import State
 
@@ -45,6 +45,9 @@ class Run(Protocol):
     def attend(self, layer, q, k, v) -> torch.Tensor:
         """Causal attention of q (B, T, heads, head_dim)."""
 
+    def positions(self, tokens) -> torch.Tensor:
+        """Of every token (B, T) in its sequence: int64, (B, T) or (1, T)."""
+
     def commit(self) -> None:
         """All layers have run."""
 
@@ -52,7 +55,7 @@ class Run(Protocol):
 class Packed:
     """Rows, or the sequences ``cu_seqlens`` packs into one row, each from its beginning."""
 
-    def __init__(self, config: NemotronHConfig, cu_seqlens: torch.Tensor | None):
+    def __init__(self, config, cu_seqlens: torch.Tensor | None):
         self.config, self.cu_seqlens = config, cu_seqlens
 
     def conv(self, layer, x, weight, bias):
@@ -70,6 +73,12 @@ class Packed:
     def attend(self, layer, q, k, v):
         return attention(q, k, v, cu_seqlens=self.cu_seqlens)
 
+    def positions(self, tokens):
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.cu_seqlens is None:
+            return index[None]
+        return (index - self.cu_seqlens[_sequence(self.cu_seqlens, index)])[None]
+
     def commit(self):
         pass
 
@@ -82,7 +91,7 @@ class Prefill:
 
     def __init__(
         self,
-        config: NemotronHConfig,
+        config,
         state: State,
         tokens: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
@@ -167,6 +176,12 @@ class Prefill:
                 out[new] = attention(q[new][None], *past)[0]
         return out.view(shape)
 
+    def positions(self, tokens):
+        index = torch.arange(tokens.numel(), device=tokens.device)
+        sequence = _sequence(self.cu_seqlens, index)
+        before = torch.tensor(self.starts, dtype=torch.int64, device=tokens.device)
+        return (before[sequence] + index - self.cu_seqlens[sequence]).view(tokens.shape)
+
     def commit(self):
         self.lengths[self.places] += self.cu_seqlens.diff()[self.sequences]
         if not self.mtp:
@@ -178,7 +193,7 @@ class Decode:
 
     def __init__(
         self,
-        config: NemotronHConfig,
+        config,
         state: State,
         tokens: torch.Tensor,
         slots: torch.Tensor | None,
@@ -259,6 +274,14 @@ class Decode:
         keys, values = self.state.keys[layer], self.state.values[layer]
         return attention_with_cache(q, k, v, keys, values, self.lengths, slots=self.slots)
 
+    def positions(self, tokens):
+        return self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+
     def commit(self):
         if not self.mtp:
             self.state.pending = (self.slots, self.length)
+
+
+def _sequence(cu_seqlens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The packed sequence that each token ``index`` lies in."""
+    return torch.searchsorted(cu_seqlens, index.to(torch.int32), right=True) - 1

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nemokernels.models import names
+from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.files import CONFIG, INDEX, SINGLE, CheckpointError
-from nemokernels.models.nemotron_h import NemotronH
 
 
 def save_pretrained(
-    model: NemotronH, folder: str | os.PathLike, *, max_shard_bytes: int = 5_000_000_000
+    model: CausalLM, folder: str | os.PathLike, *, max_shard_bytes: int = 5_000_000_000
 ) -> None:
     """Write ``config.json`` and safetensors shards that Hugging Face transformers reads too.
 
@@ -30,7 +30,7 @@ def save_pretrained(
     exists is complete.
 
     Args:
-        model: any ``NemotronH`` that is not on meta.
+        model: any model of this package that is not on meta.
         folder: created, with its parents; it may exist if it is empty.
         max_shard_bytes: a shard is closed before it would exceed this; a larger tensor has its own.
 
@@ -71,7 +71,7 @@ class Output(NamedTuple):
         return self.value.numel() * self.dtype.itemsize
 
 
-def _write(model: NemotronH, folder: Path, max_shard_bytes: int) -> None:
+def _write(model: CausalLM, folder: Path, max_shard_bytes: int) -> None:
     outputs = _outputs(model)
     shards: list[list[Output]] = []
     room = 0
@@ -98,10 +98,11 @@ def _write(model: NemotronH, folder: Path, max_shard_bytes: int) -> None:
     _write_json(folder / CONFIG, data)
 
 
-def _outputs(model: NemotronH) -> list[Output]:
+def _outputs(model: CausalLM) -> list[Output]:
     state = model.state_dict()
     loaded = getattr(model, "file_dtypes", {})
-    default = state["backbone.embeddings.weight"].dtype
+    layout = names.layout(model.config)
+    default = state[layout.trunk + layout.embeddings].dtype
     outputs = []
     for name, shape in names.tensor_shapes(model.config):
         target, index = names.stacked(name) or (name, None)

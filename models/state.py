@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor
-from nemokernels.models.config import NemotronHConfig
 
 __all__ = ["State"]
 
@@ -16,7 +15,7 @@ class State:
     """Caches of ``slots`` sequences: convolution windows, SSM states, keys and values.
 
     Args:
-        config: of the model.
+        config: of the model; its ``mamba_layers`` and ``kv_heads`` say which layers keep what.
         slots: sequences held at once.
         max_length: tokens a sequence may have, drafts included.
         draft_tokens: tokens beyond the first that one decode call may take. Every slot keeps one
@@ -38,7 +37,7 @@ class State:
 
     def __init__(
         self,
-        config: NemotronHConfig,
+        config,
         slots: int,
         max_length: int,
         *,
@@ -55,8 +54,8 @@ class State:
             check("State", isinstance(value, int) and value >= low,
                   f"`{name}` must be an integer of at least {low}, got {value!r}")  # fmt: skip
         if ssm_dtype is None:
-            ssm_dtype = getattr(torch, config.mamba_ssm_cache_dtype)
-            ssm_dtype = torch.float64 if dtype == torch.float64 else ssm_dtype
+            kept = config.mamba_ssm_cache_dtype if config.mamba_layers else "float32"
+            ssm_dtype = torch.float64 if dtype == torch.float64 else getattr(torch, kept)
         for name, kind in (("dtype", dtype), ("ssm_dtype", ssm_dtype)):
             if kind not in FLOATS:
                 raise TypeError(f"State: `{name}` is {kind}, expected a floating dtype")
@@ -66,22 +65,21 @@ class State:
         self.ssm: dict[int, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        for index, letter in enumerate(config.pattern + config.mtp_pattern):
-            if letter == "M":
-                window = config.conv_kernel - 1 + draft_tokens
-                # Channels are the fast axis: the layout of the convolution's kernels.
-                self.conv[index] = zeros(slots, window, config.conv_dim).transpose(1, 2)
-                heads, width = config.mamba_num_heads, config.mamba_head_dim
-                shape = (slots, draft_tokens + 1, heads, width, config.ssm_state_size)
-                self.ssm[index] = zeros(*shape, kind=ssm_dtype)
-            elif letter == "*":
-                shape = (slots, max_length, config.num_key_value_heads, config.head_dim)
-                self.keys[index], self.values[index] = zeros(*shape), zeros(*shape)
+        self.window = config.conv_kernel - 1 if config.mamba_layers else 0
+        for index in config.mamba_layers:
+            window = self.window + draft_tokens
+            # Channels are the fast axis: the layout of the convolution's kernels.
+            self.conv[index] = zeros(slots, window, config.conv_dim).transpose(1, 2)
+            heads, width = config.mamba_num_heads, config.mamba_head_dim
+            shape = (slots, draft_tokens + 1, heads, width, config.ssm_state_size)
+            self.ssm[index] = zeros(*shape, kind=ssm_dtype)
+        for index, heads in config.kv_heads.items():
+            shape = (slots, max_length, heads, config.head_dim)
+            self.keys[index], self.values[index] = zeros(*shape), zeros(*shape)
         # One entry more than there are slots: padding rows read and write the last.
         self.all_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_mtp_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_accepted = zeros(slots + 1, kind=torch.int32).fill_(1)
-        self.window = config.conv_kernel - 1
         self.pending: tuple[torch.Tensor, int] | None = None
 
     @property

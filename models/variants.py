@@ -1,4 +1,4 @@
-"""The released models of the family: their configurations and exact sizes."""
+"""The released models: their configurations and exact sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
-from nemokernels.models.config import NemotronHConfig
+from nemokernels.models.families import Config, parse_config
 
 __all__ = ["Variant", "find_config", "list_variants"]
 
@@ -17,7 +17,7 @@ class Variant:
     """One released model. ``parameters`` and ``tensors`` count what its checkpoint stores."""
 
     name: str
-    config: NemotronHConfig
+    config: Config
     parameters: int
     tensors: int
 
@@ -28,7 +28,7 @@ def _table() -> dict[str, Variant]:
     return {
         entry["name"]: Variant(
             entry["name"],
-            NemotronHConfig.from_dict(entry["config"]),
+            parse_config(entry["config"]),
             entry["parameters"],
             entry["tensors"],
         )
@@ -37,22 +37,22 @@ def _table() -> dict[str, Variant]:
 
 
 def list_variants() -> list[Variant]:
-    """Every model that :func:`nemokernels.models.build` knows by name, its Hugging Face id."""
+    """Every model :func:`nemokernels.models.build` knows; named by its Hugging Face id if any."""
     return list(_table().values())
 
 
-def find_config(name_or_config: str | NemotronHConfig) -> NemotronHConfig:
+def find_config(name_or_config: str | Config) -> Config:
     """The configuration of a variant, by its full name or the part after the slash.
 
     Raises:
         TypeError: neither a name nor a configuration.
         ValueError: no variant has this name; the message lists them.
     """
-    if isinstance(name_or_config, NemotronHConfig):
+    if isinstance(name_or_config, Config):
         return name_or_config
     if not isinstance(name_or_config, str):
         raise TypeError(
-            "`name_or_config` must be a variant's name or a NemotronHConfig, got "
+            "`name_or_config` must be a variant's name or a configuration, got "
             f"{type(name_or_config).__name__}"
         )
     for name, variant in _table().items():

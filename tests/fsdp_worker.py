@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import decoders
 import tiny
 import torch
 import torch.distributed as dist
@@ -16,9 +17,16 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().contiguous()
 
 
-def main(out, mode):
+def model(family):
+    if family == "nemotron_h":
+        return tiny.model(dtype=torch.float32)
+    changes = dict(vocab_size=320, tie_word_embeddings=True)
+    return decoders.model(family, dtype=torch.float32, **changes)
+
+
+def main(out, mode, family):
     settings = tiny.settings()
-    t = Trainer(tiny.model(dtype=torch.float32), tiny.batches(settings), settings, out / "run")
+    t = Trainer(model(family), tiny.batches(settings), settings, out / "run")
     first = t.rank == 0
     if mode == "resume":
         assert t.resume() == 3
@@ -44,4 +52,4 @@ def main(out, mode):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsdp_worker
 import pytest
 import tiny
 import torch
@@ -28,13 +29,13 @@ def torchrun(world, *args):
 @pytest.fixture(scope="module")
 def world2(tmp_path_factory):
     out = tmp_path_factory.mktemp("fsdp")
-    torchrun(2, out, "train")
+    torchrun(2, out, "train", "nemotron_h")
     return out
 
 
-def single(dtype, out):
+def single(dtype, out, family="nemotron_h"):
     settings = tiny.settings()
-    t = Trainer(tiny.model(dtype=torch.float32), tiny.batches(settings), settings, out)
+    t = Trainer(fsdp_worker.model(family), tiny.batches(settings), settings, out)
     t.model.to(dtype)
     t.backward()
     return {name: p.grad for name, p in t.objective.named_parameters()}
@@ -47,6 +48,25 @@ def test_every_gradient_equals_the_single_process(world2, tmp_path):
     for name in exact:
         testing.assert_matches(got[name], exact[name], plain[name], name)
         assert got[name].abs().max() > 0, name
+
+
+def test_decoder_with_empty_layers_and_a_tied_head(tmp_path):
+    """Gradients, and the model that the ranks export: one weight for embeddings and head."""
+    torchrun(2, tmp_path, "train", "nemotron-nas")
+    got = load_file(tmp_path / "grads.safetensors")
+    exact, plain = (
+        single(dtype, tmp_path, "nemotron-nas") for dtype in (torch.float64, torch.float32)
+    )
+    assert got.keys() == exact.keys()
+    for name in exact:
+        testing.assert_matches(got[name], exact[name], plain[name], name)
+    saved, trained = (
+        from_pretrained(tmp_path / "model-train"),
+        load_file(tmp_path / "train.safetensors"),
+    )
+    assert {f"model.{name}" for name in saved.state_dict()} == trained.keys()
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, trained[f"model.{name}"]), name
 
 
 def test_what_is_sharded_and_what_is_not(world2):
@@ -70,7 +90,7 @@ def test_checkpoint_written_by_two_ranks_loads_in_one(world2):
 
 
 def test_checkpoint_written_by_two_ranks_loads_in_two(world2):
-    torchrun(2, world2, "resume")
+    torchrun(2, world2, "resume", "nemotron_h")
     want, got = load_file(world2 / "train.safetensors"), load_file(world2 / "resume.safetensors")
     assert [n for n in want if not torch.equal(want[n], got[n])] == []
 

@@ -225,7 +225,7 @@ def test_a_request_without_a_distribution_is_named():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(model=torch.nn.Linear(1, 1)), TypeError, "`model` must be a NemotronH"),
+        (dict(model=torch.nn.Linear(1, 1)), TypeError, "`model` must be a CausalLM"),
         (dict(prompts=[[1], []]), ValueError, r"`prompts\[1\]` is empty"),
         (dict(prompts=[[12]]), ValueError, r"`prompts\[0\]` holds 12, expected a token below 12"),
         (dict(prompts=[[-1]]), ValueError, r"`prompts\[0\]` holds -1"),

@@ -17,7 +17,7 @@ from rich.markup import escape
 from tokenizers import Tokenizer
 
 from nemokernels._backends import default_device
-from nemokernels.models import NemotronH, NemotronHConfig, build, from_pretrained
+from nemokernels.models import CausalLM, build, from_pretrained, read_config
 from nemokernels.models import generate as generate_tokens
 from nemokernels.train.data import Batches, Corpus, DataError, read_texts, text_files
 from nemokernels.train.log import Log, plot
@@ -40,7 +40,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
 
 
-def load_model(source: str, *, seed: int) -> NemotronH:
+def load_model(source: str, *, seed: int) -> CausalLM:
     """A checkpoint folder's model, or a fresh one from a config.json or a variant's name.
 
     Weights are float32: the optimizer updates them.
@@ -49,12 +49,12 @@ def load_model(source: str, *, seed: int) -> NemotronH:
     if path.is_dir():
         return from_pretrained(path, dtype=torch.float32)
     torch.manual_seed(seed)
-    config = NemotronHConfig.from_json(path) if path.suffix == ".json" else source
+    config = read_config(path) if path.suffix == ".json" else source
     return build(config, dtype=torch.float32)
 
 
 def fit(
-    model: NemotronH,
+    model: CausalLM,
     tokenizer: Tokenizer,
     corpus: Corpus,
     settings: Settings,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nemokernels import linear_cross_entropy
-from nemokernels.models import NemotronH
+from nemokernels.models import CausalLM
 from nemokernels.train.data import IGNORE, PAD, Batch, shift
 
 
@@ -22,7 +22,7 @@ class Objective(nn.Module):
     for all the losses of a step.
     """
 
-    def __init__(self, model: NemotronH, *, mtp_depths: int, mtp_weight: float):
+    def __init__(self, model: CausalLM, *, mtp_depths: int, mtp_weight: float):
         super().__init__()
         self.model, self.mtp_weight = model, mtp_weight
         self.mtp_depths = mtp_depths if model.config.mtp_pattern else 0

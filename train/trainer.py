@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from nemokernels import update_correction_bias
-from nemokernels.models import NemotronH, save_pretrained
+from nemokernels.models import CausalLM, build, save_pretrained
 from nemokernels.train import checkpoint, optim, parallel
 from nemokernels.train.data import Batch, Batches
 from nemokernels.train.objective import Objective
@@ -91,7 +91,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: NemotronH,
+        model: CausalLM,
         batches: Batches,
         settings: Settings,
         out: Path,
@@ -157,7 +157,7 @@ class Trainer:
             if self.rank == 0:
                 full[name] = whole.cpu()
         if self.rank == 0:
-            copy = NemotronH(self.model.config, device="meta", dtype=torch.float32)
+            copy = build(self.model.config, device="meta", dtype=torch.float32)
             copy.load_state_dict(full, assign=True)
             fresh = folder.with_name(folder.name + ".new")
             shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""From a configuration to its model."""
+
+from __future__ import annotations
+
+import torch
+
+from nemokernels.models.causal_lm import CausalLM
+from nemokernels.models.config import NemotronHConfig
+from nemokernels.models.decoder import Decoder
+from nemokernels.models.decoder_config import DecoderConfig
+from nemokernels.models.families import Config
+from nemokernels.models.nemotron_h import NemotronH
+from nemokernels.models.variants import find_config
+
+__all__ = ["build"]
+
+MODELS: dict[type[Config], type[CausalLM]] = {NemotronHConfig: NemotronH, DecoderConfig: Decoder}
+
+
+def build(
+    name_or_config: str | Config,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CausalLM:
+    """A freshly initialised model of a variant (see ``list_variants``) or configuration.
+
+    ``device="meta"`` gives the shapes without memory or values.
+    """
+    config = find_config(name_or_config)
+    model = MODELS[type(config)](config, device=device, dtype=dtype)
+    if model.lm_head.weight.device.type != "meta":
+        model.reset_parameters()
+    return model

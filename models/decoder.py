@@ -1,0 +1,210 @@
+"""Decoders with rotary embeddings: Llama, Mistral, Nemotron-4, searched Llama-Nemotron nets.
+
+A layer is ``x + attention(norm(x))`` followed by ``x + ffn(norm(x))``; either may be absent, with
+its norm. Module names are the tensor names of the published checkpoints. Shapes: B rows, T tokens,
+D the rotated channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemokernels import relu2
+from nemokernels.models.causal_lm import CausalLM
+from nemokernels.models.decoder_config import DecoderConfig
+from nemokernels.models.linear import Linear, linear, row_by_row
+from nemokernels.models.norms import LayerNorm1P, RMSNorm
+from nemokernels.models.runs import Run
+
+__all__ = ["Decoder"]
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary_frequencies(config: DecoderConfig, device: torch.device | None = None) -> torch.Tensor:
+    """Angle per position of every rotated pair of channels, (D / 2,) float64.
+
+    ``theta ** (-2 i / D)``. With Llama 3.1's scaling, wavelengths above ``original / low`` grow by
+    ``factor``, those below ``original / high`` stay, and between the two the frequencies are
+    interpolated linearly in ``original / wavelength``.
+
+    Source: Su et al., "RoFormer", 2021; Grattafiori et al., "The Llama 3 herd of models", 2024, and
+    its reference implementation for the scaling.
+    """
+    D, s = config.rotary_dim, config.rope_scaling
+    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=device) / D
+    frequencies = torch.exp(-math.log(config.rope_theta) * exponents)
+    if s is None:
+        return frequencies
+    turns = frequencies * s.original_max_position_embeddings / (2 * math.pi)
+    kept = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / s.factor)
+
+
+def rope_table(config: DecoderConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
+    """Cosines and sines (B, T, 1, D / 2) of the angles at ``positions`` (B, T).
+
+    Angles are in float64: in float32 they are off by 0.004 at position 100,000. The values are in
+    float32, for a float64 model in float64.
+    """
+    angles = positions[..., None, None] * rotary_frequencies(config, positions.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Rotate the channels (i, i + D / 2) of x (B, T, heads, head_dim); those past D stay.
+
+    In float32 (float64 for float64 input), with one cast at the end.
+    """
+    cos, sin = rope
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary embeddings."""
+
+    def __init__(self, config: DecoderConfig, index: int, kv_heads: int, **kwargs):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = Linear(width, inner, **kwargs)
+        self.k_proj = Linear(width, kv_heads * config.head_dim, **kwargs)
+        self.v_proj = Linear(width, kv_heads * config.head_dim, **kwargs)
+        self.o_proj = Linear(inner, width, **kwargs)
+
+    def forward(self, x: torch.Tensor, rope: Rope, run: Run) -> torch.Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        attended = run.attend(self.index, rotate(q, rope), rotate(k, rope), v)
+        return self.o_proj(attended.flatten(-2))
+
+
+class FFN(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, or ``down(relu(up(x)) ** 2)`` without a gate."""
+
+    def __init__(self, width: int, inner: int, gated: bool, **kwargs):
+        super().__init__()
+        self.gate_proj = Linear(width, inner, **kwargs) if gated else None
+        self.up_proj = Linear(width, inner, **kwargs)
+        self.down_proj = Linear(inner, width, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # torch rounds the tail of a vector's SiLU differently from its body: a row on its own.
+        return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(relu2(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and FFN, each with its norm. The last sum happens in the next norm.
+
+    Takes ``(x, residual)``, the output of the block before and the stream it is to be added to
+    (None at first), and returns the same pair.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int, **kwargs):
+        super().__init__()
+        kv_heads, inner = config.blocks[index]
+        if kv_heads is not None:
+            self.input_layernorm = _norm(config, **kwargs)
+            self.self_attn = Attention(config, index, kv_heads, **kwargs)
+        if inner is not None:
+            self.post_attention_layernorm = _norm(config, **kwargs)
+            self.mlp = FFN(config.hidden_size, inner, config.family.gated, **kwargs)
+        self.has_attention, self.has_ffn = kv_heads is not None, inner is not None
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, run: Run):
+        if self.has_attention:
+            normed, residual = _normed(self.input_layernorm, x, residual)
+            x = self.self_attn(normed, rope, run)
+        if self.has_ffn:
+            normed, residual = _normed(self.post_attention_layernorm, x, residual)
+            x = self.mlp(normed)
+        return x, residual
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: DecoderConfig, **kwargs):
+        super().__init__()
+        self.config = config
+        empty = torch.empty(config.vocab_size, config.hidden_size, **kwargs)
+        self.embed_tokens = nn.Embedding(*empty.shape, _weight=empty)
+        self.layers = nn.ModuleList(
+            Layer(config, index, **kwargs) for index in range(config.num_hidden_layers)
+        )
+        self.norm = _norm(config, **kwargs)
+
+    def forward(self, tokens: torch.Tensor, run: Run) -> torch.Tensor:
+        x, residual = self.embed_tokens(tokens), None
+        rope = rope_table(self.config, run.positions(tokens), x.dtype)
+        for layer in self.layers:
+            x, residual = layer(x, residual, rope, run)
+        return _normed(self.norm, x, residual)[0]
+
+
+class TiedHead(nn.Module):
+    """A head whose weight is the embeddings'. It holds none, so that there is one name for both."""
+
+    def __init__(self, embeddings: nn.Embedding):
+        super().__init__()
+        self.source = [embeddings]  # in a list, it does not become a submodule
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.source[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+class Decoder(CausalLM):
+    """A language model of one of the decoder families.
+
+    Args:
+        config: its sizes.
+        device, dtype: of its parameters. Values are unset until :meth:`reset_parameters` or a
+            checkpoint fills them (``build`` and ``from_pretrained`` do).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        self.config = config
+        self.model = Backbone(config, **kwargs)
+        if config.tie_word_embeddings:
+            self.lm_head = TiedHead(self.model.embed_tokens)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
+        self.mtp = None
+
+    @property
+    def trunk(self) -> Backbone:
+        return self.model
+
+
+def _norm(config: DecoderConfig, **kwargs) -> nn.Module:
+    kind = LayerNorm1P if config.family.layer_norm else RMSNorm
+    return kind(config.hidden_size, config.norm_eps, **kwargs)
+
+
+def _normed(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None):
+    """The normed sum of x and the residual stream, and that sum."""
+    return (norm(x), x) if residual is None else norm(x, residual)

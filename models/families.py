@@ -1,0 +1,40 @@
+"""Which configuration a ``model_type`` has, and which model a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemokernels.models import decoder_config
+from nemokernels.models.config import NemotronHConfig
+from nemokernels.models.decoder_config import DecoderConfig
+from nemokernels.models.fields import ConfigError, check_object, read_file, show
+
+__all__ = ["CONFIGS", "Config", "parse_config", "read_config"]
+
+Config = NemotronHConfig | DecoderConfig
+CONFIGS: dict[str, type[Config]] = {
+    "nemotron_h": NemotronHConfig,
+    **dict.fromkeys(decoder_config.FAMILIES, DecoderConfig),
+}
+
+
+def parse_config(data: Mapping[str, object]) -> Config:
+    """The configuration that the fields of a config.json describe; its ``model_type`` says which.
+
+    Without a ``model_type`` it is ``nemotron_h``.
+
+    Raises:
+        ConfigError: no such ``model_type`` is known, or a field is not as it must be.
+    """
+    check_object(data)
+    model_type = data.get("model_type", "nemotron_h")
+    if not isinstance(model_type, str) or model_type not in CONFIGS:
+        raise ConfigError(f"`model_type` is {show(model_type)}, expected one of "
+                          f"{', '.join(CONFIGS)}")  # fmt: skip
+    return CONFIGS[model_type].from_dict(data)
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a config.json file of any family; errors as :func:`parse_config`."""
+    return read_file(path, parse_config)

@@ -1,0 +1,43 @@
+"""The norms of the models, each with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemokernels import rms_norm
+from nemokernels._registry import acc_dtype
+
+__all__ = ["LayerNorm1P", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, **kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, **kwargs))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
+
+
+class LayerNorm1P(nn.Module):
+    """LayerNorm with bias whose weight is stored minus one: ``(x - mean) / std * (1 + w) + b``.
+
+    In float32 (float64 for float64 input) with one cast at the end: 1 + w would lose most of a
+    16-bit w.
+    """
+
+    def __init__(self, size: int, eps: float, **kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, **kwargs))
+        self.bias = nn.Parameter(torch.empty(size, **kwargs))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        total = x if residual is None else (x + residual).to(residual.dtype)
+        wide, size = acc_dtype(x), self.weight.shape
+        weight, bias = 1 + self.weight.to(wide), self.bias.to(wide)
+        y = F.layer_norm(total.to(wide), size, weight, bias, self.eps).to(x.dtype)
+        return y if residual is None else (y, total)

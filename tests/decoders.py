@@ -1,0 +1,59 @@
+"""Small decoders of every family with rotary embeddings, with every tensor drawn at random."""
+
+import hybrids
+import torch
+
+from nemokernels.models import build
+from nemokernels.models.families import parse_config
+
+SIZES = dict(vocab_size=96, hidden_size=32, num_attention_heads=4, head_dim=12, rope_theta=100.0)
+UNIFORM = dict(SIZES, num_hidden_layers=3, num_key_value_heads=2, intermediate_size=56)
+# Of the six frequencies of a head, some are kept, some divided and some interpolated.
+SCALING = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=64)  # fmt: skip
+
+
+def block(kv_group=None, ffn=None):
+    """One entry of block_configs; None makes a part a no-op."""
+    attention = {"no_op": False, "n_heads_in_group": kv_group, "replace_with_linear": False}
+    if kv_group is None:
+        attention = {"no_op": True, "n_heads_in_group": None, "replace_with_linear": False}
+    return {
+        "attention": {**attention, "window_length": None, "num_sink_tokens": None},
+        "ffn": {"no_op": ffn is None, "ffn_mult": ffn, "replace_with_linear": False},
+    }
+
+
+# 2 * mult * 32 / 3 rounded up: 256 from 0.5, 12.0 and 12.01 straddle it.
+BLOCKS = [block(2, 0.5), block(None, 12.0), block(None, None), block(1, None), block(4, 12.01)]
+FIELDS = {
+    "llama": dict(UNIFORM, model_type="llama", rope_scaling=SCALING, rms_norm_eps=1e-3),
+    "mistral": dict(UNIFORM, model_type="mistral", sliding_window=None, rms_norm_eps=1e-3),
+    "nemotron": dict(UNIFORM, model_type="nemotron", head_dim=16, norm_eps=1e-3),
+    "nemotron-nas": dict(SIZES, model_type="nemotron-nas", num_hidden_layers=5,
+                         block_configs=BLOCKS, rope_scaling=SCALING, rms_norm_eps=1e-3),
+}  # fmt: skip
+FAMILIES = list(FIELDS)
+
+
+def config(family, **changes):
+    fields = {**FIELDS[family], **changes}
+    return parse_config({key: value for key, value in fields.items() if value is not ...})
+
+
+def redraw(named):
+    """New random values; those of a LayerNorm, whose weight is stored minus one, around zero."""
+    named = list(named)
+    hybrids.redraw(named)
+    with torch.no_grad():
+        names = {name for name, _ in named}
+        for name, tensor in named:
+            if name.endswith("norm.weight") and name.removesuffix("weight") + "bias" in names:
+                tensor.sub_(1)
+
+
+def model(family, seed=0, dtype=None, **changes):
+    torch.manual_seed(seed)
+    made = build(config(family, **changes), dtype=dtype)
+    redraw(sorted(made.state_dict().items()))
+    return made.eval()
