@@ -94,6 +94,12 @@ def test_all_to_one_expert():
     check(x, up, down, route, dy)
 
 
+def test_a_nan_stays_in_its_token():
+    x, up, down, route, dy = problem(300, 4, 2, 72, 40, torch.bfloat16)
+    x[3] = torch.nan
+    check(x, up, down, route, dy)
+
+
 @pytest.mark.parametrize("tokens", [8, 1000, 16384])
 def test_repeats_and_graphs_have_the_same_bits(tokens):
     x, dy = torch.randn(2, tokens, 1024, device="cuda").bfloat16()

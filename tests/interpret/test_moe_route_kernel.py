@@ -96,6 +96,16 @@ def test_not_finite(n_group, topk_group):
     assert got[[0, 3, 4, 6, 7]].isfinite().all() and got[1].isnan().sum() == 6
 
 
+def test_nan_of_either_sign_comes_first():
+    negative = torch.tensor([-0x400000], dtype=torch.int32).view(F32)
+    for nan in (negative, -negative):
+        bias = torch.zeros(16)
+        bias[9:10] = nan
+        args = (spread(4, 16), bias, 3, 1, 1, True, 1.0)
+        got, want = kernel.forward(*args, config_of(4, 16, 3)), ref.forward(*args)
+        assert (got[1][:, 0] == 9).all() and torch.equal(got[1], want[1])
+
+
 def test_strides_give_the_same_bits():
     logits, bias = spread(7, 12), 0.1 * torch.randn(12)
     config = config_of(7, 12, 3)
