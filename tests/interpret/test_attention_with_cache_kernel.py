@@ -55,7 +55,9 @@ def test_sizes(shape, dtype, cache_dtype):
 @pytest.mark.parametrize("part", [16, 32, None])
 def test_parts(part):
     compare(problem(2, 3, room=70), int32(0, 61), int32(1, 0), part)
-    compare(problem(1, 1, room=16 * 9 + 3), int32(16 * 9), int32(3), part)
+    tensors = problem(1, 1, room=16 * 9 + 3)
+    tensors[1].mul_(5)  # the last part holds the peak of some heads
+    compare(tensors, int32(16 * 9), int32(3), part)
 
 
 def test_padding_and_rows_the_cache_does_not_hold():
