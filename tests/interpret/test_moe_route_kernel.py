@@ -138,6 +138,12 @@ def test_sorting(slots, pieces):
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_sorting_in_more_pieces_than_are_scanned_at_once():
+    chosen = torch.randint(0, 20, (64 * (kernel.SCAN_ROWS + 2), 1))
+    got = kernel.group_rows(chosen.int(), 20, op.Config("triton", 1, 1, 64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(got, ref.group_rows(chosen, 20)))
+
+
 def test_no_tokens():
     out = kernel.forward(torch.zeros(0, 5), None, 2, 1, 1, True, 1.0, config_of(0, 5, 2))
     assert [t.shape for t in out] == [(0, 2), (0, 2), (5,), (5,), (0,)]
