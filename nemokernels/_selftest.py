@@ -1,4 +1,4 @@
-"""One-second proof that a backend computes the right thing on this device.
+"""Proof that a backend computes the right thing on this device.
 
 A backend is selected automatically only after it has reproduced the reference here. The verdict is
 kept per op and backend under a key of device, driver, torch, triton and the package's source, so an

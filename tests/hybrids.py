@@ -62,3 +62,28 @@ def model(pattern="M*-EME", mtp="", seed=0, dtype=None, **changes):
 def tokens(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, FIELDS["vocab_size"], shape, generator=generator)
+
+
+def difference(ours, theirs):
+    """max|ours - theirs| / max|theirs|."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def forward_difference(peer, model, tokens):
+    """Between the logits of transformers' model and ours."""
+    with torch.no_grad():
+        return difference(model(tokens), peer(tokens).logits)
+
+
+def cached_difference(peer, model, tokens, prefill):
+    """The same, with ``prefill`` tokens at once and the others one by one through the caches."""
+    state = model.new_state(len(tokens), tokens.shape[1] + 6)
+    with torch.no_grad():
+        out = peer(tokens[:, :prefill], use_cache=True)
+        theirs, ours = [out.logits], [model(tokens[:, :prefill], state=state)]
+        for step in tokens[:, prefill:].split(1, 1):
+            out = peer(step, use_cache=True, past_key_values=out.past_key_values)
+            theirs.append(out.logits)
+            ours.append(model(step, state=state, decode=True))
+            state.accept()
+    return difference(torch.cat(ours, 1), torch.cat(theirs, 1))

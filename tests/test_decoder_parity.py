@@ -37,15 +37,6 @@ def write_peer(folder, family, changes):
     return peer
 
 
-def difference(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def whole(peer, model, tokens):
-    with torch.no_grad():
-        return difference(model(tokens), peer(tokens).logits)
-
-
 @pytest.fixture(params=VARIANTS)
 def pair(request, tmp_path):
     peer = write_peer(tmp_path, *VARIANTS[request.param])
@@ -53,23 +44,11 @@ def pair(request, tmp_path):
 
 
 def test_forward(pair):
-    assert whole(*pair, hybrids.tokens(2, 150)) <= 1e-4
+    assert hybrids.forward_difference(*pair, hybrids.tokens(2, 150)) <= 1e-4
 
 
 def test_prefill_and_cached_decode(pair):
-    peer, model = pair
-    tokens = hybrids.tokens(2, 18)
-    state = model.new_state(2, 24)
-    with torch.no_grad():
-        out = peer(tokens[:, :11], use_cache=True)
-        theirs, ours = [out.logits], [model(tokens[:, :11], state=state)]
-        for t in range(11, 18):
-            step = tokens[:, t : t + 1]
-            out = peer(step, use_cache=True, past_key_values=out.past_key_values)
-            theirs.append(out.logits)
-            ours.append(model(step, state=state, decode=True))
-            state.accept()
-    assert difference(torch.cat(ours, 1), torch.cat(theirs, 1)) <= 1e-4
+    assert hybrids.cached_difference(*pair, hybrids.tokens(2, 18), prefill=11) <= 1e-4
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -90,7 +69,7 @@ def test_transformers_reads_what_is_saved(name, tmp_path):
     model = decoders.model(family, dtype=torch.float32, **changes)
     save_pretrained(model, tmp_path / "model")
     peer = CLASSES[family][1].from_pretrained(tmp_path / "model").eval()
-    assert whole(peer, model, hybrids.tokens(2, 80)) <= 1e-4
+    assert hybrids.forward_difference(peer, model, hybrids.tokens(2, 80)) <= 1e-4
 
 
 MISTAKES = {
@@ -122,7 +101,7 @@ def test_a_mistake_is_seen(name, nemotron):
     """The comparison would notice: each part of the model, put wrong, breaks it."""
     peer, folder = nemotron
     model = from_pretrained(folder)
-    assert whole(peer, model, hybrids.tokens(3, 21)) <= 1e-4
+    assert hybrids.forward_difference(peer, model, hybrids.tokens(3, 21)) <= 1e-4
     with torch.no_grad():
         MISTAKES[name](model.state_dict()[name])
-    assert whole(peer, model, hybrids.tokens(3, 21)) > 1e-3
+    assert hybrids.forward_difference(peer, model, hybrids.tokens(3, 21)) > 1e-3

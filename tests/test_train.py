@@ -58,13 +58,14 @@ def test_resume_is_exact(tmp_path):
 
 def test_micro_batches_add_up(tmp_path):
     whole, split = trainer(tmp_path), trainer(tmp_path, micro_batches=2)
-    losses = [t.backward()[0] for t in (whole, split)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for t in (whole, split):
+        t.model.double()
+        t.backward()
     for (name, a), (_, b) in zip(
         whole.objective.named_parameters(), split.objective.named_parameters()
     ):
-        scale = a.grad.abs().max()
-        assert (a.grad - b.grad).abs().max() <= 1e-4 * scale, name
+        # label counts are float32, so the two losses are divided by the very same numbers
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_every_parameter_gets_a_gradient_and_moves(tmp_path):

@@ -219,16 +219,13 @@ class Trainer:
 
     def _balance(self) -> float:
         """Loss-free balancing: move every router's correction bias once per optimizer step."""
-        worst = 0.0
-        for router in self.model.routers():
-            (counts,) = parallel.all_sum(router.expert_counts)
-            mean = counts.float().mean()
-            if mean > 0:
-                worst = max(worst, (counts.max() / mean).item())
-            router.e_score_correction_bias.copy_(
-                update_correction_bias(
-                    router.e_score_correction_bias, counts, rate=self.settings.balance_rate
-                )
+        routers = list(self.model.routers())
+        if not routers:
+            return 0.0
+        (counts,) = parallel.all_sum(self.model.expert_counts)
+        for router, row in zip(routers, counts):
+            update_correction_bias(
+                router.e_score_correction_bias, row, rate=self.settings.balance_rate
             )
             router.expert_counts.zero_()
-        return worst
+        return (counts.amax(1) / counts.double().mean(1)).max().item()

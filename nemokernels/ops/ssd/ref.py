@@ -96,8 +96,8 @@ def _scan(
     lowest = torch.finfo(acc).min / (2 * chunk_size)
     a = (d * A.to(acc).view(groups, heads, 1)).clamp_min(lowest).cumsum(-1)
 
-    # Masked before the exponential, which overflows where s > l, and after. (Filling with -inf
-    # instead takes five times as long: exp has a slow path for it.)
+    # Masked before the exponential, which overflows where s > l, and after. (Not filled with -inf:
+    # exp has a slow path for it.)
     sees = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
     enter, leave, decay = a.exp(), (a[..., -1:] - a).exp(), a[..., -1].exp()
     if chunks.ids is not None:
