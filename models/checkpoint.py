@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,9 +136,8 @@ def _config(folder: Path, data: dict) -> Config:
         config = parse_config(data)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    count = names.tensor_count(config)
-    if count > MAX_TENSORS:
-        raise CheckpointError(f"{folder / CONFIG}: describes {count} tensors, over {MAX_TENSORS}")
+    if next(islice(names.tensor_shapes(config), MAX_TENSORS, None), None) is not None:
+        raise CheckpointError(f"{folder / CONFIG}: describes over {MAX_TENSORS} tensors")
     return config
 
 

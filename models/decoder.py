@@ -16,8 +16,8 @@ from torch import nn
 from nemokernels import relu2
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.decoder_config import DecoderConfig
-from nemokernels.models.linear import Linear, linear, row_by_row
-from nemokernels.models.norms import LayerNorm1P, RMSNorm
+from nemokernels.models.linear import Linear, TiedHead, row_by_row
+from nemokernels.models.norms import LayerNorm1P, RMSNorm, normed_sum
 from nemokernels.models.runs import Run
 
 __all__ = ["Decoder"]
@@ -127,10 +127,10 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, run: Run):
         if self.has_attention:
-            normed, residual = _normed(self.input_layernorm, x, residual)
+            normed, residual = normed_sum(self.input_layernorm, x, residual)
             x = self.self_attn(normed, rope, run)
         if self.has_ffn:
-            normed, residual = _normed(self.post_attention_layernorm, x, residual)
+            normed, residual = normed_sum(self.post_attention_layernorm, x, residual)
             x = self.mlp(normed)
         return x, residual
 
@@ -151,22 +151,7 @@ class Backbone(nn.Module):
         rope = rope_table(self.config, run.positions(tokens), x.dtype)
         for layer in self.layers:
             x, residual = layer(x, residual, rope, run)
-        return _normed(self.norm, x, residual)[0]
-
-
-class TiedHead(nn.Module):
-    """A head whose weight is the embeddings'. It holds none, so that there is one name for both."""
-
-    def __init__(self, embeddings: nn.Embedding):
-        super().__init__()
-        self.source = [embeddings]  # in a list, it does not become a submodule
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.source[0].weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return normed_sum(self.norm, x, residual)[0]
 
 
 class Decoder(CausalLM):
@@ -203,8 +188,3 @@ class Decoder(CausalLM):
 def _norm(config: DecoderConfig, **kwargs) -> nn.Module:
     kind = LayerNorm1P if config.family.layer_norm else RMSNorm
     return kind(config.hidden_size, config.norm_eps, **kwargs)
-
-
-def _normed(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None):
-    """The normed sum of x and the residual stream, and that sum."""
-    return (norm(x), x) if residual is None else norm(x, residual)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Linear", "exact", "is_exact", "linear", "row_by_row"]
+__all__ = ["Linear", "TiedHead", "exact", "is_exact", "linear", "row_by_row"]
 
 
 class _Mode(threading.local):
@@ -49,22 +49,37 @@ def row_by_row(fn: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -
     return torch.cat([fn(row) for row in rows.split(1)])
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` for x (..., in) and weight (out, in)."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias`` for x (..., in), weight (out, in) and bias (out,)."""
     if not _mode.exact:
-        return F.linear(x, weight)
-    rows = row_by_row(lambda row: F.linear(row, weight), x.reshape(-1, x.shape[-1]))
+        return F.linear(x, weight, bias)
+    rows = row_by_row(lambda row: F.linear(row, weight, bias), x.reshape(-1, x.shape[-1]))
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias; its values come from the model's ``reset_parameters``."""
+    """A linear layer; its values come from the model's ``reset_parameters``."""
 
-    def __init__(self, inputs: int, outputs: int, **kwargs):
-        super().__init__(inputs, outputs, bias=False, **kwargs)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, **kwargs):
+        super().__init__(inputs, outputs, bias=bias, **kwargs)
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class TiedHead(nn.Module):
+    """A head whose weight is the embeddings'. It holds none, so that there is one name for both."""
+
+    def __init__(self, embeddings: nn.Embedding):
+        super().__init__()
+        self.source = [embeddings]  # in a list, it does not become a submodule
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.source[0].weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight)

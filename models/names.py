@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 # In memory these are at least float32, whatever the model's dtype is.
 WIDE_LEAVES = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
@@ -79,25 +82,15 @@ def is_stack(name: str) -> bool:
 
 def layout(config) -> Layout:
     """How the names of this configuration's tensors begin."""
-    return _DECODER if isinstance(config, DecoderConfig) else _NEMOTRON_H
+    return _FAMILIES[type(config)][0]
 
 
-def tensor_count(config) -> int:
-    """How many tensors :func:`tensor_shapes` yields, without making them."""
-    if isinstance(config, DecoderConfig):
-        return sum(1 for _ in _decoder_shapes(config))
-    moe = 4 + 2 * (config.n_routed_experts or 0) + 2 * (config.moe_latent_size is not None)
-    mixer = {"M": 8, "*": 4, "-": 2, "E": moe}
-    layers = sum(1 + mixer[letter] for letter in config.pattern + config.mtp_pattern)
-    return layers + 3 + 4 * bool(config.mtp_pattern)
-
-
-def tensor_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(config) -> Shapes:
     """Name and shape of every stored tensor, in the order of the layers."""
-    return (_decoder_shapes if isinstance(config, DecoderConfig) else _hybrid_shapes)(config)
+    return _FAMILIES[type(config)][1](config)
 
 
-def _decoder_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _decoder_shapes(config: DecoderConfig) -> Shapes:
     H, V = config.hidden_size, config.vocab_size
     inner = config.num_attention_heads * config.head_dim
     norm = ("weight", "bias") if config.family.layer_norm else ("weight",)
@@ -119,7 +112,7 @@ def _decoder_shapes(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...
         yield "lm_head.weight", (V, H)
 
 
-def _hybrid_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
     H, V = config.hidden_size, config.vocab_size
     yield "backbone.embeddings.weight", (V, H)
     for index, letter in enumerate(config.pattern):
@@ -140,7 +133,7 @@ def _hybrid_shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{prefix}.final_layernorm.weight", (H,)
 
 
-def _mixer(config, letter: str, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _mixer(config: NemotronHConfig, letter: str, prefix: str) -> Shapes:
     H = config.hidden_size
     if letter == "M":
         heads = config.mamba_num_heads
@@ -172,6 +165,12 @@ def _mixer(config, letter: str, prefix: str) -> Iterator[tuple[str, tuple[int, .
             yield f"{prefix}.fc2_latent_proj.weight", (H, latent)
 
 
-def _mlp(prefix: str, width: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _mlp(prefix: str, width: int, inner: int) -> Shapes:
     yield f"{prefix}.up_proj.weight", (inner, width)
     yield f"{prefix}.down_proj.weight", (width, inner)
+
+
+_FAMILIES = {
+    NemotronHConfig: (_NEMOTRON_H, _hybrid_shapes),
+    DecoderConfig: (_DECODER, _decoder_shapes),
+}

@@ -13,7 +13,7 @@ from nemokernels.models.causal_lm import INTEGERS, CausalLM
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.linear import Linear
 from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE
-from nemokernels.models.norms import RMSNorm
+from nemokernels.models.norms import RMSNorm, normed_sum
 from nemokernels.models.runs import Run
 from nemokernels.models.state import State
 
@@ -40,9 +40,7 @@ class Layer(nn.Module):
             self.mixer = MLP(config.hidden_size, config.intermediate_size, **kwargs)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, run: Run):
-        if residual is None:
-            return self.mixer(self.norm(x), run), x
-        normed, residual = self.norm(x, residual)
+        normed, residual = normed_sum(self.norm, x, residual)
         return self.mixer(normed, run), residual
 
 

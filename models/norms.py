@@ -9,7 +9,7 @@ from torch import nn
 from nemokernels import rms_norm
 from nemokernels._registry import acc_dtype
 
-__all__ = ["LayerNorm1P", "RMSNorm"]
+__all__ = ["LayerNorm1P", "RMSNorm", "normed_sum"]
 
 
 class RMSNorm(nn.Module):
@@ -41,3 +41,8 @@ class LayerNorm1P(nn.Module):
         weight, bias = 1 + self.weight.to(wide), self.bias.to(wide)
         y = F.layer_norm(total.to(wide), size, weight, bias, self.eps).to(x.dtype)
         return y if residual is None else (y, total)
+
+
+def normed_sum(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None):
+    """The normed sum of x and the residual stream (None at its beginning), and that sum."""
+    return (norm(x), x) if residual is None else norm(x, residual)
