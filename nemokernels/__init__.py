@@ -4,8 +4,11 @@ from nemokernels._backends import backends, use_backend
 from nemokernels.ops.attention import attention, attention_with_cache
 from nemokernels.ops.causal_conv1d import (
     causal_conv1d_fn,
+    causal_conv1d_ref,
     causal_conv1d_update,
+    causal_conv1d_update_ref,
     causal_conv1d_varlen_states,
+    causal_conv1d_varlen_states_ref,
 )
 from nemokernels.ops.cross_entropy import linear_cross_entropy
 from nemokernels.ops.fp8 import (
@@ -49,8 +52,11 @@ __all__ = [
     "backends",
     "balance_loss",
     "causal_conv1d_fn",
+    "causal_conv1d_ref",
     "causal_conv1d_update",
+    "causal_conv1d_update_ref",
     "causal_conv1d_varlen_states",
+    "causal_conv1d_varlen_states_ref",
     "current_scale",
     "delayed_scaling_update",
     "dequantize_fp8",

@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor
-from nemokernels.ops.causal_conv1d import op
+from nemokernels.ops.causal_conv1d import op, ref
 
-__all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
+__all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_ref",
+    "causal_conv1d_update",
+    "causal_conv1d_update_ref",
+    "causal_conv1d_varlen_states",
+    "causal_conv1d_varlen_states_ref",
+]
 
 INT32 = (torch.int32,)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def causal_conv1d_fn(
@@ -196,7 +204,7 @@ def causal_conv1d_varlen_states(
 
     Args:
         x: (tokens, dim), float32, bfloat16, float16 or float64, any strides.
-        cu_seqlens: (S+1) int32.
+        cu_seqlens: (S+1) int32 or int64.
         state_len: entries to keep; a shorter sequence has zeros in front.
 
     Returns:
@@ -210,9 +218,63 @@ def causal_conv1d_varlen_states(
     """
     fn = "causal_conv1d_varlen_states"
     check_tensor(fn, "x", x, shape=(None, None), dims="(tokens, dim)", dtypes=FLOATS)
-    _check_bounds(fn, cu_seqlens, x.device)
+    _check_bounds(fn, cu_seqlens, x.device, INTEGERS)
     check(fn, state_len >= 1, "`state_len` must be at least 1, got {}", state_len)
-    return op.causal_conv1d_varlen_states(x, cu_seqlens, state_len).transpose(1, 2)
+    bounds = cu_seqlens.to(torch.int32)
+    return op.causal_conv1d_varlen_states(x, bounds, state_len).transpose(1, 2)
+
+
+def causal_conv1d_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: torch.Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`causal_conv1d_fn` in plain torch: any device, gradients by autograd, unchecked shapes.
+
+    Source: drop-in for causal-conv1d (Dao-AILab) 1.7, whose reference has no final states with
+    ``seq_idx``; its argument order.
+    """
+    history = None if initial_states is None else initial_states.transpose(1, 2)
+    silu = _is_silu("causal_conv1d_ref", activation)
+    y, final = ref.forward(x.transpose(1, 2), weight, bias, seq_idx, history, None, silu, True)
+    y, final = y.transpose(1, 2), final.transpose(1, 2)
+    if not return_final_states:
+        return y
+    return y, final if final_states_out is None else final_states_out.copy_(final)
+
+
+def causal_conv1d_update_ref(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`causal_conv1d_update` in plain torch: any device, unchecked shapes.
+
+    Source: drop-in for causal-conv1d (Dao-AILab) 1.7; its argument order.
+    """
+    tokens = (x if x.dim() == 3 else x[..., None]).transpose(1, 2)
+    silu = _is_silu("causal_conv1d_update_ref", activation)
+    y = ref.update(tokens, conv_state, weight, bias, silu, cache_seqlens, None, None)
+    y = y.transpose(1, 2)
+    return y if x.dim() == 3 else y[..., 0]
+
+
+def causal_conv1d_varlen_states_ref(
+    x: torch.Tensor, cu_seqlens: torch.Tensor, state_len: int
+) -> torch.Tensor:
+    """:func:`causal_conv1d_varlen_states` in plain torch: any device, unchecked shapes.
+
+    Source: drop-in for causal-conv1d (Dao-AILab) 1.7; its argument order.
+    """
+    return ref.varlen_states(x, cu_seqlens, state_len).transpose(1, 2)
 
 
 def _check_filter(fn, x, weight, bias) -> None:
@@ -226,8 +288,8 @@ def _check_filter(fn, x, weight, bias) -> None:
                      device=x.device)  # fmt: skip
 
 
-def _check_bounds(fn, cu_seqlens, device) -> None:
-    check_tensor(fn, "cu_seqlens", cu_seqlens, shape=(None,), dims="(S+1,)", dtypes=INT32,
+def _check_bounds(fn, cu_seqlens, device, dtypes=INT32) -> None:
+    check_tensor(fn, "cu_seqlens", cu_seqlens, shape=(None,), dims="(S+1,)", dtypes=dtypes,
                  device=device)  # fmt: skip
     check(fn, cu_seqlens.shape[0] >= 1, "`cu_seqlens` needs at least one entry, got none")
 
