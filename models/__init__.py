@@ -16,7 +16,7 @@ from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.quantization import Quantization
 from nemokernels.models.saving import save_pretrained
 from nemokernels.models.state import State
-from nemokernels.models.variants import Variant, list_variants
+from nemokernels.models.variants import Variant, find_variant, list_variants
 
 __all__ = [
     "CausalLM",
@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "checkpoint_spec",
     "exact",
+    "find_variant",
     "from_pretrained",
     "generate",
     "list_variants",

@@ -22,12 +22,14 @@ def build(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **arguments: object,
 ) -> CausalLM:
     """A freshly initialised model of a variant (see ``list_variants``) or configuration.
 
-    ``device="meta"`` gives the shapes without memory or values.
+    ``device="meta"`` gives the shapes without memory or values. ``arguments`` are the fields of its
+    config.json that a variant needs because they are not public (``Variant.arguments``).
     """
-    config = find_config(name_or_config)
+    config = find_config(name_or_config, **arguments)
     model = MODELS[type(config)](config, device=device, dtype=dtype)
     if model.lm_head.weight.device.type != "meta":
         model.reset_parameters()

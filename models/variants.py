@@ -1,4 +1,4 @@
-"""The released models: their configurations and exact sizes."""
+"""The released models: their configurations, exact sizes, and what is not public of them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,119 @@ from importlib import resources
 
 from nemokernels.models.families import Config, parse_config
 
-__all__ = ["Variant", "find_config", "list_variants"]
+__all__ = ["Variant", "find_config", "find_variant", "list_variants"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One released model. ``parameters`` and ``tensors`` count what its checkpoint stores."""
+    """One released model.
+
+    Attributes:
+        name: as its makers write it.
+        family: the series it belongs to.
+        hub_id: its Hugging Face repository, or None.
+        published: the number of parameters its makers state, as they round it, or None.
+        active: how many of them a token uses, as stated, or None where all do.
+        parameters, tensors: exact counts of what its checkpoint stores, or None where not known.
+        config: its configuration, or None; then either ``arguments`` names the fields that are not
+            public and must be given, or ``reason`` says why there is none.
+        part: what ``config`` describes, where that is not the whole model.
+        unknown: what is not public of it.
+    """
 
     name: str
-    config: Config
-    parameters: int
-    tensors: int
+    family: str
+    hub_id: str | None
+    published: str | None = None
+    active: str | None = None
+    parameters: int | None = None
+    tensors: int | None = None
+    config: Config | None = None
+    arguments: tuple[str, ...] = ()
+    reason: str | None = None
+    part: str | None = None
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> str | None:
+        """Why there is no configuration, in a few words."""
+        return f"needs {', '.join(self.arguments)}" if self.arguments else self.reason
+
+    def answers_to(self, name: str) -> bool:
+        """Whether ``name`` is its name, its hub id, or the part of that after the slash.
+
+        Capitals do not count, and a space may be a hyphen.
+        """
+        hub_id = self.hub_id or ""
+        return _plain(name) in {
+            _plain(n) for n in (self.name, hub_id, hub_id.rpartition("/")[2]) if n
+        }
 
 
 @functools.cache
-def _table() -> dict[str, Variant]:
+def _fields() -> dict[str, dict[str, object]]:
     text = (resources.files("nemokernels.models") / "variants.json").read_text()
-    return {
-        entry["name"]: Variant(
-            entry["name"],
-            parse_config(entry["config"]),
-            entry["parameters"],
-            entry["tensors"],
-        )
-        for entry in json.loads(text)
-    }
+    return {entry["name"]: entry for entry in json.loads(text)}
+
+
+@functools.cache
+def _table() -> tuple[Variant, ...]:
+    return tuple(map(_variant, _fields().values()))
+
+
+def _variant(entry: dict[str, object]) -> Variant:
+    lists = {name: tuple(entry.get(name, ())) for name in ("arguments", "unknown")}
+    config = None
+    if "config" in entry and not lists["arguments"]:
+        config = parse_config(entry["config"])
+    return Variant(**{**entry, **lists, "config": config})
 
 
 def list_variants() -> list[Variant]:
-    """Every model :func:`nemokernels.models.build` knows; named by its Hugging Face id if any."""
-    return list(_table().values())
+    """Every released model of the Nemotron series and of their predecessors, in families."""
+    return list(_table())
 
 
-def find_config(name_or_config: str | Config) -> Config:
-    """The configuration of a variant, by its full name or the part after the slash.
+def find_variant(name: str) -> Variant:
+    """The variant of this name, hub id, or part of a hub id after the slash.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    for variant in _table():
+        if variant.answers_to(name):
+            return variant
+    names = ", ".join(variant.name for variant in _table())
+    raise ValueError(f"no variant {name!r}; there are {names}")
+
+
+def find_config(name_or_config: str | Config, **arguments: object) -> Config:
+    """The configuration of a variant, see :func:`find_variant`; a configuration is returned as is.
+
+    Args:
+        arguments: fields of its config.json that are not public, see ``Variant.arguments``.
 
     Raises:
         TypeError: neither a name nor a configuration.
-        ValueError: no variant has this name; the message lists them.
+        ValueError: no such variant, one without a configuration, or not the arguments it needs.
+        ConfigError: an argument is not as it must be.
     """
-    if isinstance(name_or_config, Config):
+    if isinstance(name_or_config, Config) and not arguments:
         return name_or_config
     if not isinstance(name_or_config, str):
-        raise TypeError(
-            "`name_or_config` must be a variant's name or a configuration, got "
-            f"{type(name_or_config).__name__}"
-        )
-    for name, variant in _table().items():
-        if name_or_config in (name, name.rpartition("/")[2]):
-            return variant.config
-    raise ValueError(f"no variant {name_or_config!r}; there are {', '.join(_table())}")
+        expected = "a variant's name" if arguments else "a variant's name or a configuration"
+        raise TypeError(f"`name_or_config` must be {expected}, got {type(name_or_config).__name__}")
+    variant = find_variant(name_or_config)
+    if variant.reason is not None:
+        raise ValueError(f"{variant.name} cannot be built: {variant.reason}")
+    if unwanted := sorted(set(arguments) - set(variant.arguments)):
+        raise ValueError(f"{variant.name} takes no argument {', '.join(unwanted)}")
+    if absent := [name for name in variant.arguments if name not in arguments]:
+        raise ValueError(f"{variant.name} needs {', '.join(absent)}, which are not public")
+    if variant.config is not None:
+        return variant.config
+    return parse_config({**_fields()[variant.name]["config"], **arguments})
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace(" ", "-")

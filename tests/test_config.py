@@ -79,7 +79,7 @@ def test_unknown_fields_survive():
     )
 
 
-@pytest.mark.parametrize("variant", list_variants(), ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [v for v in list_variants() if v.config], ids=lambda v: v.name)
 def test_written_config_reads_back(variant, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(variant.config.to_dict()))

@@ -19,7 +19,7 @@ from nemokernels.models.decoder_config import Block, Llama3Scaling
 from nemokernels.models.families import parse_config
 
 LLAMA3 = Llama3Scaling(8.0, 1.0, 4.0, 64)
-VARIANTS = {v.name.rpartition("/")[2]: v.config for v in list_variants()}
+VARIANTS = {(v.hub_id or v.name).rpartition("/")[2]: v.config for v in list_variants()}
 
 
 def blocks(name, text):

@@ -11,7 +11,7 @@ from nemokernels import relu2, rms_norm
 from nemokernels.models import NemotronH, NemotronHConfig, build, exact, list_variants
 from nemokernels.models.linear import is_exact, linear
 
-VARIANTS = list_variants()
+VARIANTS = [v for v in list_variants() if v.config and not v.part]
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,6 @@ def wide():
 
 def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-
-
-def test_all_released_models_are_there():
-    assert len(VARIANTS) == len({v.name for v in VARIANTS}) == 22
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -56,7 +52,7 @@ def test_names_and_dtypes():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="no variant 'nano'; there are nvidia/"):
+    with pytest.raises(ValueError, match="no variant 'nano'; there are Nemotron 3 Nano 30B"):
         build("nano")
     with pytest.raises(TypeError, match="`name_or_config` must be a variant's name or a"):
         build(3)
