@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,24 +22,42 @@ SHAPES = [
 BOUNDS = torch.tensor([0, 5, 6, 6, 23, 31], dtype=torch.int32)
 
 
+RULES = [
+    (3, 0, False),
+    (1, 0, True),
+    (4, 2, False),
+    (6, 5, True),
+    (10**9, 0, True),
+    (None, 9, True),
+]
+
+
 def problem(rows, queries, keys, heads, groups, dim, dtype=torch.float64):
     q = torch.randn(rows, queries, heads, dim, dtype=torch.float64)
     k, v = torch.randn(2, rows, keys, groups, dim, dtype=torch.float64)
     return [t.to(dtype) for t in (q, k, v)]
 
 
-def by_token(q, k, v, scale=None):
+def by_token(q, k, v, scale=None, window=None, global_tokens=0, alibi_slopes=None):
     """A second formula: every query by itself, over the keys it sees."""
     rows, length, heads, dim = q.shape
     out, share = torch.zeros_like(q), heads // k.shape[2]
     for b in range(rows):
         for i in range(length):
+            own = k.shape[1] - length + i
+            near = own - (own if window is None else window - 1)
+            seen = [j for j in range(own + 1) if j < global_tokens or j >= near]
             for h in range(heads):
-                seen = k.shape[1] - length + i + 1
-                keys, values = k[b, :seen, h // share], v[b, :seen, h // share]
-                p = (keys @ q[b, i, h] * (dim**-0.5 if scale is None else scale)).softmax(0)
-                out[b, i, h] = p @ values
+                scores = k[b, seen, h // share] @ q[b, i, h] * (scale or dim**-0.5)
+                if alibi_slopes is not None:
+                    scores = scores - alibi_slopes[h].double() * (own - q.new_tensor(seen))
+                out[b, i, h] = scores.softmax(0) @ v[b, seen, h // share]
     return out
+
+
+def rule(window, global_tokens, alibi, heads=4):
+    slopes = torch.linspace(1.3, -0.2, heads) if alibi else None
+    return dict(window=window, global_tokens=global_tokens, alibi_slopes=slopes)
 
 
 def torch_attention(q, k, v, scale=None):
@@ -71,18 +91,52 @@ def test_fp64_equals_torch_forward_and_backward(shape, block):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", RULES)
+def test_window_global_tokens_and_alibi(options, block):
+    """Forward and gradients, for S = T and S > T."""
+    for queries, keys in ((13, 13), (5, 12)):
+        args = problem(2, queries, keys, 4, 2, 3)
+        dout = torch.randn_like(args[0])
+        got, want = (testing.gradients(functools.partial(fn, **rule(*options)), args, [dout])
+                     for fn in (attention, by_token))  # fmt: skip
+        for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]]):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_packed_sequence_has_its_own_window_and_global_tokens(block):
+    args, options = problem(1, 31, 31, 4, 2, 8, torch.float32), rule(4, 2, True)
+    (out,), grads = testing.gradients(lambda *a: attention(*a, cu_seqlens=BOUNDS, **options), args)
+    parts = [testing.gradients(lambda *a: attention(*a, **options), p) for p in pieces(args)]
+    assert torch.equal(out, torch.cat([p[0][0] for p in parts], 1))
+    for grad, part in zip(grads, zip(*(p[1] for p in parts))):
+        assert torch.equal(grad, torch.cat(part, 1))
+
+
+def test_nan_beyond_the_window_is_not_seen(block):
+    """Keys outside it, in a block of their own, touch neither a query nor its gradient."""
+    q, k, v = problem(1, 270, 270, 2, 1, 3, torch.float32)
+    fn = lambda *a: attention(*a, window=3)  # noqa: E731
+    clean = testing.gradients(fn, [q, k, v])
+    for t in (q, k, v):
+        t[:, :90] = torch.nan
+    dirty = testing.gradients(fn, [q, k, v])
+    for a, b in zip([*clean[0], *clean[1]], [*dirty[0], *dirty[1]]):
+        assert torch.equal(a[:, 130:], b[:, 130:])
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradcheck(packed, block):
+@pytest.mark.parametrize("options", [(None, 0, False), (3, 1, True)])
+def test_gradcheck(packed, options, block):
     shape = (1, 7, 7, 4, 2, 3) if packed else (2, 5, 7, 4, 2, 3)
     bounds = torch.tensor([0, 3, 3, 7], dtype=torch.int32) if packed else None
     args = [t.requires_grad_() for t in problem(*shape)]
-    fn = lambda q, k, v: attention(q, k, v, cu_seqlens=bounds, scale=0.7)  # noqa: E731
+    fn = lambda q, k, v: attention(q, k, v, cu_seqlens=bounds, scale=0.7, **rule(*options))  # noqa: E731
     assert torch.autograd.gradcheck(fn, args)
 
 
 def test_log_sum_exp():
     q, k, v = problem(2, 6, 9, 4, 2, 8)
-    _, lse = op.attention(q, k, v, None, 0.5)
+    _, lse = op.attention(q, k, v, None, None, 0.5, None, 0)
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 0.5
     seen = torch.ones(6, 9, dtype=torch.bool).tril(3)
     want = scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
@@ -244,8 +298,8 @@ def test_scores_are_never_whole():
 
     q, k, v = problem(1, 600, 600, 2, 1, 4, torch.float32)
     with Watch():
-        out, lse = ref.forward(q, k, v, None, 0.5)
-        ref.backward(out, q, k, v, out, lse, None, 0.5)
+        out, lse = ref.forward(q, k, v, None, None, 0.5, None, 0)
+        ref.backward(out, q, k, v, out, lse, None, None, 0.5, None, 0)
     assert 2 * ref.BLOCK * 500 * 4 < largest < 2 * 600 * 600 * 4 / 4
 
 
@@ -287,6 +341,14 @@ def int32(*values):
         (dict(v=torch.ones(1, 6, 2, 8, device="meta")), ValueError, "`v` is on meta"),
         (dict(scale=0.0), ValueError, "`scale` must be positive and finite, got 0.0"),
         (dict(scale=float("nan")), ValueError, "`scale` must be positive and finite, got nan"),
+        (dict(window=0), ValueError, "`window` must be at least 1, got 0"),
+        (dict(global_tokens=-1), ValueError, "`global_tokens` must not be negative, got -1"),
+        (dict(alibi_slopes=1.0), TypeError, "`alibi_slopes` must be a torch.Tensor"),
+        (dict(alibi_slopes=torch.ones(2)), ValueError, r"`alibi_slopes` has shape \(2,\)"),
+        (dict(alibi_slopes=torch.ones(4).half()), TypeError, "`alibi_slopes` is torch.float16"),
+        (dict(alibi_slopes=torch.ones(4, device="meta")), ValueError, "`alibi_slopes` is on meta"),
+        (dict(alibi_slopes=torch.ones(4, requires_grad=True)), ValueError,
+         "`alibi_slopes` requires a gradient; it has none"),
         (dict(cu_seqlens=torch.tensor([0, 6])), TypeError, "`cu_seqlens` is torch.int64"),
         (dict(cu_seqlens=int32()), ValueError, "`cu_seqlens` is empty"),
         (dict(cu_seqlens=int32(0, 5)), ValueError, "`cu_seqlens` must ascend from 0 to 6"),

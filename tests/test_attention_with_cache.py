@@ -5,6 +5,10 @@ from nemokernels import attention, attention_with_cache, testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLOTS, ROOM, HEADS, GROUPS, DIM = 5, 24, 6, 2, 7
+OPTIONS = [
+    dict(), dict(scale=0.3), dict(window=1), dict(window=5, global_tokens=2),
+    dict(alibi_slopes=torch.linspace(0.9, -0.1, HEADS), window=3), dict(window=99),
+]  # fmt: skip
 
 
 def int32(*values):
@@ -26,16 +30,16 @@ def run(tokens, cache, lengths, slots, **options):
 
 
 @pytest.mark.parametrize("steps", [(20,), (1,) * 20, (7, 1, 5, 7), (0, 19, 0, 1)])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_fp64_equals_attention_over_the_whole_sequence(steps, scale):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fp64_equals_attention_over_the_whole_sequence(steps, options):
     """However the sequence is cut into calls. Unwritten cache entries are NaN and never read."""
     q, k, v = new_tokens(3, sum(steps))
     slots, cache, done, outs = int32(4, 0, 2), caches(), 0, []
     for step in steps:
         part = [t[:, done : done + step] for t in (q, k, v)]
-        outs.append(run(part, cache, int32(done, done, done), slots, scale=scale))
+        outs.append(run(part, cache, int32(done, done, done), slots, **options))
         done += step
-    want = attention(q, k, v, scale=scale)
+    want = attention(q, k, v, **options)
     torch.testing.assert_close(torch.cat(outs, 1), want, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(cache, (k, v)):
         assert torch.equal(mine[slots, :done], theirs)
@@ -63,20 +67,21 @@ def test_rows_have_their_own_lengths():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
-def test_bits_depend_neither_on_tokens_per_call_nor_on_batch(dtype, cache_dtype):
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]])
+def test_bits_depend_neither_on_tokens_per_call_nor_on_batch(dtype, cache_dtype, options):
     """Five tokens in one call, five calls of one token, each row by itself: the same bits."""
     tokens = new_tokens(3, 5, dtype)
     start = [torch.randn(SLOTS, ROOM, GROUPS, DIM).to(cache_dtype) for _ in "kv"]
     lengths, slots = int32(3, 11, 17), int32(2, 4, 0)
     together, stepwise, alone = ([t.clone() for t in start] for _ in range(3))
-    want = run(tokens, together, lengths, slots)
-    steps = [run([t[:, i : i + 1] for t in tokens], stepwise, lengths + i, slots) for i in range(5)]
+    want = run(tokens, together, lengths, slots, **options)
+    steps = [run([t[:, i : i + 1] for t in tokens], stepwise, lengths + i, slots, **options)
+             for i in range(5)]  # fmt: skip
     assert torch.equal(torch.cat(steps, 1), want)
     for b in (2, 0, 1):
         row = slice(b, b + 1)
-        assert torch.equal(
-            run([t[row] for t in tokens], alone, lengths[row], slots[row]), want[row]
-        )
+        got = run([t[row] for t in tokens], alone, lengths[row], slots[row], **options)
+        assert torch.equal(got, want[row])
     for other in (stepwise, alone):
         assert all(torch.equal(a, b) for a, b in zip(other, together))
 
@@ -112,6 +117,14 @@ def test_nan_stays_in_its_slot_and_after_its_position():
     out = run(tokens, cache, int32(3, 3), int32(0, 1))
     assert torch.equal(out[0], clean[0]) and torch.equal(out[1, :2], clean[1, :2])
     assert out[1, 2:].isnan().all()
+
+
+def test_keys_the_window_hides_are_not_read():
+    cache = caches(torch.float32)
+    for t in cache:
+        t[0, :1], t[0, 5:9] = 1.0, 2.0
+    out = run(new_tokens(1, 2, torch.float32), cache, int32(9), int32(0), window=5, global_tokens=1)
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -242,6 +255,8 @@ GOOD = {
         (dict(slots=torch.tensor([0.0, 1.0])), TypeError, "`slots` is torch.float32"),
         (dict(slots=int32(0, 1).to("meta")), ValueError, "`slots` is on meta"),
         (dict(scale=-1.0), ValueError, "`scale` must be positive"),
+        (dict(window=-2), ValueError, "`window` must be at least 1, got -2"),
+        (dict(alibi_slopes=torch.ones(2)), ValueError, r"`alibi_slopes` has shape \(2,\)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(change, error, message):

@@ -26,18 +26,23 @@ def config(q, cache, part=16):
     return op.Config("triton", part, found.block_h, 16, found.block_d, 1, 1) if part else found
 
 
-def compare(tensors, lengths, slots, part=16, scale=0.3):
+RULE = None, 0.3, None, 0  # slopes, scale, window, global tokens
+
+
+def compare(tensors, lengths, slots, part=16, rule=RULE):
     """Output and caches; entries the kernel must not read are NaN."""
     for b, slot in enumerate(slots.tolist()):
         if slot >= 0:
             for cache in tensors[3:]:
                 cache[slot, lengths[b] :] = torch.nan
+                if rule[2]:
+                    cache[slot, rule[3] : max(lengths[b] + 1 - rule[2], rule[3])] = torch.nan
     copies = [[t.clone() for t in tensors], [t.clone() for t in tensors],
               [t.double() for t in tensors]]  # fmt: skip
-    got = kernel.with_cache(*copies[0], lengths, slots, scale, config(*tensors[:4:3], part))
-    low = ref.with_cache(*copies[1], lengths, slots, scale)
+    got = kernel.with_cache(*copies[0], lengths, slots, *rule, config(*tensors[:4:3], part))
+    low = ref.with_cache(*copies[1], lengths, slots, *rule)
     copies[2][1:3] = [t.to(tensors[3].dtype).double() for t in tensors[1:3]]
-    want = ref.with_cache(*copies[2], lengths, slots, scale)
+    want = ref.with_cache(*copies[2], lengths, slots, *rule)
     assert got.dtype == low.dtype and got.is_contiguous()
     testing.assert_matches(got, want, low)
     for mine, theirs in zip(copies[0][3:], copies[1][3:]):
@@ -60,12 +65,24 @@ def test_parts(part):
     compare(tensors, int32(16 * 9), int32(3), part)
 
 
+@pytest.mark.parametrize(
+    "window, global_tokens, slopes, part",
+    [(1, 0, False, 16), (5, 20, False, 32), (16, 3, True, 16), (17, 0, True, 32),
+     (40, 1, False, 16), (40, 40, False, 32), (1000, 1000, True, 16)],
+)  # fmt: skip
+def test_windows(window, global_tokens, slopes, part):
+    """Over many parts: some hold no visible key, some only global ones, some both."""
+    tensors = problem(3, 2, H=2, KV=1, room=16 * 12)
+    rule = torch.tensor([0.2, -0.1]) if slopes else None, 0.3, window, global_tokens
+    compare(tensors, int32(0, 21, 16 * 11 + 3), int32(3, 0, 2), part, rule)
+
+
 def test_padding_and_rows_the_cache_does_not_hold():
     tensors = problem(6, 2)
     before = [t.clone() for t in tensors[3:]]
     tensors[0][0], tensors[1][0], tensors[2][0] = torch.nan, torch.nan, torch.nan
     slots, lengths = int32(-1, -7, 4, 1, 2, 3), int32(3, 10**6, 0, 39, -1, 5)
-    out = kernel.with_cache(*tensors, lengths, slots, 0.3, config(*tensors[:4:3]))
+    out = kernel.with_cache(*tensors, lengths, slots, *RULE, config(*tensors[:4:3]))
     assert not out[:5].any() and out[5].isfinite().all() and out[5].all()
     for old, new in zip(before, tensors[3:]):
         assert torch.equal(old[:3], new[:3]) and torch.equal(old[3, :5], new[3, :5])
@@ -76,12 +93,12 @@ def test_neither_batch_nor_tokens_per_call_change_a_bit():
     tensors = problem(3, 3)
     lengths, slots = int32(14, 0, 30), int32(1, 3, 0)
     together = [t.clone() for t in tensors]
-    want = kernel.with_cache(*together, lengths, slots, 0.3, config(*tensors[:4:3]))
+    want = kernel.with_cache(*together, lengths, slots, *RULE, config(*tensors[:4:3]))
     for b in range(3):
         for i in range(3):
             new = [t[b : b + 1, i : i + 1] for t in tensors[:3]]
             got = kernel.with_cache(*new, *tensors[3:], lengths[b : b + 1] + i, slots[b : b + 1],
-                                    0.3, config(*tensors[:4:3]))  # fmt: skip
+                                    *RULE, config(*tensors[:4:3]))  # fmt: skip
             assert torch.equal(got[0, 0], want[b, i])
     assert all(torch.equal(a, b) for a, b in zip(together[3:], tensors[3:]))
 
@@ -90,14 +107,14 @@ def test_any_strides():
     tensors = problem(2, 2)
     lengths, slots = int32(20, 3), int32(0, 2)
     turned = [t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for t in tensors]
-    want = kernel.with_cache(*tensors, lengths, slots, 0.3, config(*tensors[:4:3]))
-    got = kernel.with_cache(*turned, lengths, slots, 0.3, config(*tensors[:4:3]))
+    want = kernel.with_cache(*tensors, lengths, slots, *RULE, config(*tensors[:4:3]))
+    got = kernel.with_cache(*turned, lengths, slots, *RULE, config(*tensors[:4:3]))
     assert torch.equal(got, want) and all(map(torch.equal, turned[3:], tensors[3:]))
 
 
 def test_nan_stays_in_its_row_and_after_its_position():
     tensors = problem(2, 3)
-    args = int32(3, 3), int32(0, 1), 0.3, config(*tensors[:4:3])
+    args = int32(3, 3), int32(0, 1), *RULE, config(*tensors[:4:3])
     clean = kernel.with_cache(*tensors, *args)
     tensors[2][1, 1] = torch.nan
     out = kernel.with_cache(*tensors, *args)
@@ -110,7 +127,7 @@ def test_nan_stays_in_its_row_and_after_its_position():
 def test_empty(rows, tokens, slots, room):
     tensors = problem(rows, tokens, room=room, slots=slots)
     where = torch.full((rows,), -1, dtype=torch.int32)
-    out = kernel.with_cache(*tensors, where, where, 0.3, config(*tensors[:4:3]))
+    out = kernel.with_cache(*tensors, where, where, *RULE, config(*tensors[:4:3]))
     assert out.shape == tensors[0].shape and not out.any()
 
 

@@ -18,11 +18,16 @@ def attention(
     *,
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    global_tokens: int = 0,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention; query head h reads key-value head ``h // (H / KV)``.
 
-    ``out_i = sum_j softmax_j(scale * q_i . k_j) v_j`` over the keys ``j <= i + S - T``: the last
-    query sees every key. Scores, softmax and both sums are in float32 (float64 for float64 input).
+    ``out_i = sum_j softmax_j(scale * q_i . k_j - slope * (i - j)) v_j`` over the keys ``j <= i``
+    with ``i - j < window`` or ``j < global_tokens``. i and j are positions in the sequence: the
+    last query stands at the last key. Slopes are those of ALiBi, zero without alibi_slopes.
+    Scores, softmax and both sums are in float32 (float64 for float64 input).
     The unnormalised probabilities are rounded to v's dtype before they meet v, as are the
     probabilities and the score gradients before their products in the backward. A sequence's result
     depends on that sequence alone, bit for bit: packed, batched or by itself.
@@ -34,15 +39,21 @@ def attention(
         cu_seqlens: (sequences + 1,) int32, ascending from 0 to T: bounds of the sequences packed
             into the one row (B is 1, S equals T). None: every row is a sequence.
         scale: factor of the scores; None: ``D ** -0.5``.
+        window: how many keys a query sees, its own included; None: all up to its own.
+        global_tokens: this many keys at the start of each sequence are seen by every later query,
+            whatever the window.
+        alibi_slopes: (H,) float32. It gets no gradient.
 
     Returns:
         (B, T, H, D) in q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. The
-            values of cu_seqlens are checked where the reference runs.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, or
+            alibi_slopes requires a gradient. The values of cu_seqlens are checked where the
+            reference runs.
 
-    Source: Ainslie et al., "GQA", 2023; rounding points of Dao, "FlashAttention-2", 2023.
+    Source: Ainslie et al., "GQA", 2023; Press et al., "Train Short, Test Long", 2022 (ALiBi);
+    rounding points of Dao, "FlashAttention-2", 2023.
     """
     where = "attention"
     check_tensor(where, "q", q, shape=(None, None, None, None), dims="(B, T, H, D)", dtypes=FLOATS)
@@ -62,7 +73,8 @@ def attention(
             k.shape[1],
             length,
         )
-    return op.attention(q, k, v, cu_seqlens, _scale(where, scale, q))[0]
+    rule = _rule(where, q, scale, window, global_tokens, alibi_slopes)
+    return op.attention(q, k, v, cu_seqlens, *rule)[0]
 
 
 def attention_with_cache(
@@ -75,11 +87,15 @@ def attention_with_cache(
     *,
     slots: torch.Tensor,
     scale: float | None = None,
+    window: int | None = None,
+    global_tokens: int = 0,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Append k and v to the cache, in place, and attend causally over cache and new tokens.
 
     Token i of row b is written at position ``lengths[b] + i`` of slot ``slots[b]`` (rounded to the
-    cache's dtype) and its query sees positions 0 to ``lengths[b] + i`` of that slot, as stored.
+    cache's dtype) and its query sees positions up to ``lengths[b] + i`` of that slot, as stored.
+    Which of them, and at what score, is as in ``attention``.
     Softmax and sums are in float32 (float64 for a float64 q); what is read from the cache and the
     unnormalised probabilities are in q's dtype in the products. A query's result depends on its own
     keys alone, bit for bit: five tokens in one call give what five calls give, in any batch.
@@ -92,7 +108,7 @@ def attention_with_cache(
         lengths: (B,) int32, tokens already in the slot; ``lengths + T <= max_length``.
         slots: (B,) int32, each slot at most once. Negative: a padding row, which touches no slot
             and whose output is zero.
-        scale: factor of the scores; None: ``D ** -0.5``.
+        scale, window, global_tokens, alibi_slopes: as in ``attention``.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -116,9 +132,8 @@ def attention_with_cache(
     for name, value in (("lengths", lengths), ("slots", slots)):
         check_tensor(where, name, value, shape=(rows,), dims="(B,)", dtypes=(torch.int32,),
                      device=q.device)  # fmt: skip
-    return op.attention_with_cache(
-        q, k, v, k_cache, v_cache, lengths, slots, _scale(where, scale, q)
-    )
+    rule = _rule(where, q, scale, window, global_tokens, alibi_slopes)
+    return op.attention_with_cache(q, k, v, k_cache, v_cache, lengths, slots, *rule)
 
 
 def _common(where: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
@@ -137,8 +152,16 @@ def _common(where: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     return q, k, v
 
 
-def _scale(where: str, scale: float | None, q: torch.Tensor) -> float:
+def _rule(where: str, q: torch.Tensor, scale, window, global_tokens, alibi_slopes):
+    # What op.RULE takes: which keys a query sees, and their scores.
     if scale is None:
-        return q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
     check(where, 0.0 < scale < float("inf"), "`scale` must be positive and finite, got {}", scale)
-    return scale
+    check(where, window is None or window >= 1, "`window` must be at least 1, got {}", window)
+    check(where, global_tokens >= 0, "`global_tokens` must not be negative, got {}", global_tokens)
+    if alibi_slopes is not None:
+        check_tensor(where, "alibi_slopes", alibi_slopes, shape=(q.shape[2],), dims="(H,)",
+                     dtypes=(torch.float32,), device=q.device)  # fmt: skip
+        check(where, not alibi_slopes.requires_grad,
+              "`alibi_slopes` requires a gradient; it has none")  # fmt: skip
+    return alibi_slopes, scale, window, global_tokens

@@ -2,8 +2,8 @@
 
 A program takes the query heads of one token that share a key-value head, and one part of the keys.
 The parts and the tiles depend on the cache alone and are combined in order, so that a query's bits
-depend neither on the other tokens of the call nor on the batch. Rows whose slot or length the cache
-does not hold are left out as padding is.
+depend neither on the other tokens of the call nor on the batch. Tiles without a visible key are not
+read. Rows whose slot or length the cache does not hold are left out as padding is.
 """
 
 from __future__ import annotations
@@ -84,10 +84,13 @@ def attention_part_kernel(
     v_cache_ptr,
     lengths_ptr,
     slots_ptr,
+    slopes_ptr,
     sums_ptr,
     top_ptr,
     total_ptr,
     scale,
+    window,
+    global_tokens,
     tokens,
     slots,
     room,
@@ -107,6 +110,7 @@ def attention_part_kernel(
     stride_vc_t,
     stride_vc_h,
     stride_vc_d,
+    HAS_SLOPES: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,7 +122,10 @@ def attention_part_kernel(
     b = tl.program_id(0) // parts // groups // tokens
     slot, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
     seen = length + t + 1
-    if held and part * PART < seen:
+    first = tl.maximum(seen - window, 0)  # of the window
+    begin = part * PART
+    end = tl.minimum(begin + PART, seen)
+    if held and begin < end and (end > first or begin < global_tokens):
         d = tl.arange(0, BLOCK_D)
         shared = heads // groups
         lane = tl.arange(0, BLOCK_H)
@@ -127,21 +134,32 @@ def attention_part_kernel(
         q_at += offset64(head, stride_q_h)[:, None] + offset64(d, stride_q_d)[None, :]
         q_mask = (lane < shared)[:, None] & (d < dim)[None, :]
         q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + head, mask=lane < shared, other=0.0)
         top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         sums = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
         k_base = k_cache_ptr + offset64(slot, stride_kc_s) + offset64(group, stride_kc_h)
         v_base = v_cache_ptr + offset64(slot, stride_vc_s) + offset64(group, stride_vc_h)
-        for start in range(part * PART, tl.minimum((part + 1) * PART, seen), BLOCK_N):
+        # Tiles of global tokens, then tiles of the window, in one loop that loads ahead.
+        near = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
+        global_end = tl.minimum(tl.minimum(global_tokens, near), end)
+        ahead = tl.cdiv(tl.maximum(global_end - begin, 0), BLOCK_N)
+        tiles = ahead + tl.cdiv(tl.maximum(end - near, 0), BLOCK_N)
+        for tile in range(0, tiles):
+            start = tl.where(tile < ahead, begin + tile * BLOCK_N, near + (tile - ahead) * BLOCK_N)
             key = start + tl.arange(0, BLOCK_N)
+            visible = (key < seen) & ((key >= first) | (key < global_tokens))
             k_at = offset64(d, stride_kc_d)[:, None] + offset64(key, stride_kc_t)[None, :]
-            k_mask = (d < dim)[:, None] & (key < seen)[None, :]
+            k_mask = (d < dim)[:, None] & visible[None, :]
             k = tl.load(k_base + k_at, mask=k_mask, other=0.0).to(q.dtype)
             v_at = offset64(key, stride_vc_t)[:, None] + offset64(d, stride_vc_d)[None, :]
-            v_mask = (key < seen)[:, None] & (d < dim)[None, :]
+            v_mask = visible[:, None] & (d < dim)[None, :]
             v = tl.load(v_base + v_at, mask=v_mask, other=0.0).to(q.dtype)
             scores = tl.dot(q, k, input_precision="ieee") * scale
-            scores = tl.where((key < seen)[None, :], scores, float("-inf"))
+            if HAS_SLOPES:
+                scores -= slope[:, None] * (seen - 1 - key).to(tl.float32)[None, :]
+            scores = tl.where(visible[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             p = tl.exp(scores - higher[:, None])
             fade = tl.exp(top - higher)
@@ -163,6 +181,8 @@ def attention_combine_kernel(
     lengths_ptr,
     slots_ptr,
     out_ptr,
+    window,
+    global_tokens,
     tokens,
     slots,
     room,
@@ -176,6 +196,7 @@ def attention_combine_kernel(
     t = tl.program_id(0) // heads % tokens
     b = tl.program_id(0) // heads // tokens
     _, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
+    near = tl.maximum(length + t + 1 - window, 0)
     used = tl.where(held, tl.cdiv(length + t + 1, PART), 0)
     d = tl.arange(0, BLOCK_D)
     first = offset64(tl.program_id(0), parts)
@@ -184,13 +205,14 @@ def attention_combine_kernel(
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, used, BLOCK):
         part = start + tl.arange(0, BLOCK)
-        mask = part < used
+        mask = (part < used) & ((part * PART + PART > near) | (part * PART < global_tokens))
         tops = tl.load(top_ptr + first + part, mask=mask, other=float("-inf"))
         totals = tl.load(total_ptr + first + part, mask=mask, other=0.0)
         at = offset64(first + part, dim)[:, None] + d[None, :]
         s = tl.load(sums_ptr + at, mask=mask[:, None] & (d < dim)[None, :], other=0.0)
         higher = tl.maximum(top, tl.max(tops, 0))
-        fade, weight = tl.exp(top - higher), tl.exp(tops - higher)
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # no part of this block was visible
+        fade, weight = tl.exp(top - base), tl.exp(tops - base)
         total = total * fade + tl.sum(totals * weight, 0)
         sums = sums * fade + tl.sum(s * weight[:, None], 0)
         top = higher
@@ -199,9 +221,14 @@ def attention_combine_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=d < dim)
 
 
-def with_cache(q, k, v, k_cache, v_cache, lengths, slots, scale, config):
+def with_cache(
+    q, k, v, k_cache, v_cache, lengths, slots, slopes, scale, window, global_tokens, config
+):
     """As ref.with_cache, without its checks of index values."""
     (rows, tokens, heads, dim), (held, room, groups, _) = q.shape, k_cache.shape
+    window, global_tokens = min(window or room, room), min(global_tokens, room)
+    has_slopes = slopes is not None
+    slopes = slopes.contiguous() if has_slopes else lengths
     out = q.new_empty(q.shape)
     parts = cdiv(room, config.part)
     if not out.numel():
@@ -216,14 +243,15 @@ def with_cache(q, k, v, k_cache, v_cache, lengths, slots, scale, config):
     sums = q.new_empty(rows, tokens, heads, parts, dim, dtype=torch.float32)
     top, total = q.new_empty(2, rows, tokens, heads, parts, dtype=torch.float32)
     attention_part_kernel[(rows * tokens * groups * parts,)](
-        q, k_cache, v_cache, lengths, slots, sums, top, total, scale, tokens, held, room, groups,
-        heads, dim, parts, *q.stride(), *k_cache.stride(), *v_cache.stride(), PART=config.part,
-        BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        q, k_cache, v_cache, lengths, slots, slopes, sums, top, total, scale, window, global_tokens,
+        tokens, held, room, groups, heads, dim, parts, *q.stride(), *k_cache.stride(),
+        *v_cache.stride(), HAS_SLOPES=has_slopes, PART=config.part, BLOCK_H=config.block_h,
+        BLOCK_N=config.block_n, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     attention_combine_kernel[(rows * tokens * heads,)](
-        sums, top, total, lengths, slots, out, tokens, held, room, heads, dim, parts,
-        PART=config.part, BLOCK=8, BLOCK_D=config.block_d, num_warps=1,
+        sums, top, total, lengths, slots, out, window, global_tokens, tokens, held, room, heads,
+        dim, parts, PART=config.part, BLOCK=8, BLOCK_D=config.block_d, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -232,12 +260,18 @@ def specialisations():
     """Launches to compile without a GPU: 32 query heads on 2, of 128, bfloat16."""
     from nemokernels.ops.attention.op import plan
 
-    def launch(rows, tokens, room):
+    def launch(rows, tokens, room, *rule):
         config = plan(32, 2, 128, room, torch.bfloat16, "", ("triton",))
         q = torch.empty(rows, tokens, 32, 128, device="meta", dtype=torch.bfloat16)
         cache = torch.empty(rows, room, 2, 128, device="meta", dtype=torch.bfloat16)
         one = torch.empty(rows, device="meta", dtype=torch.int32)
-        return lambda: with_cache(q, q[:, :, :2], q[:, :, :2], cache, cache, one, one, 0.1, config)
+        return lambda: with_cache(
+            q, q[:, :, :2], q[:, :, :2], cache, cache, one, one, *rule, config
+        )
 
-    yield _triton.Specialisation("batch 64 of 8192", launch(64, 1, 8192))
-    yield _triton.Specialisation("batch 2 of 131072, 5 tokens", launch(2, 5, 131072))
+    yield _triton.Specialisation("batch 64 of 8192", launch(64, 1, 8192, None, 0.1, None, 0))
+    yield _triton.Specialisation(
+        "batch 2 of 131072, 5 tokens", launch(2, 5, 131072, None, 0.1, None, 0)
+    )
+    slopes = torch.empty(32, device="meta")
+    yield _triton.Specialisation("window and ALiBi", launch(64, 1, 8192, slopes, 0.1, 1024, 128))

@@ -13,6 +13,7 @@ from nemokernels.ops.attention import ref
 FAMILY = family("attention")
 CACHE_FAMILY = family("attention_with_cache", {"triton": _triton.reason})
 
+RULE = "Tensor? alibi_slopes, float scale, int? window, int global_tokens"  # scores and mask
 WIDEST = 256  # head size; a program holds whole heads
 
 
@@ -60,12 +61,12 @@ def plan(
     return Config("triton", part, block_h, block_n, block_d, 4, 3 if dtype.itemsize == 2 else 2)
 
 
-def _with_cache_cuda(q, k, v, k_cache, v_cache, lengths, slots, scale):
+def _with_cache_cuda(q, k, v, k_cache, v_cache, lengths, slots, *rule):
     config = plan(
         q.shape[2], k.shape[2], q.shape[3], k_cache.shape[1], q.dtype,
         _triton.unsupported(q, k_cache), _backends.usable(CACHE_FAMILY.name, q.device),
     )  # fmt: skip
-    args = (q, k, v, k_cache, v_cache, lengths, slots, scale)
+    args = (q, k, v, k_cache, v_cache, lengths, slots, *rule)
     if config.backend == "reference":
         return reference_on_cuda("attention_with_cache", ref.with_cache)(*args)
     from nemokernels.ops.attention import kernel
@@ -74,17 +75,22 @@ def _with_cache_cuda(q, k, v, k_cache, v_cache, lengths, slots, scale):
         return kernel.with_cache(*args, config)
 
 
+def _example_rule(device: torch.device):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+    return slopes, 8**-0.5, 3, 1
+
+
 def _example(device: torch.device, dtype: torch.dtype):
     q = torch.randn(1, 11, 4, 8, device=device, dtype=dtype)
     k = torch.randn(1, 11, 2, 8, device=device, dtype=dtype)
     bounds = torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=device)
-    return q, k, torch.randn_like(k), bounds, 8**-0.5
+    return q, k, torch.randn_like(k), bounds, *_example_rule(device)
 
 
 def _example_backward(device: torch.device, dtype: torch.dtype):
-    q, k, v, bounds, scale = _example(device, dtype)
-    out, lse = ref.forward(q, k, v, bounds, scale)
-    return torch.randn_like(out), q, k, v, out, lse, bounds, scale
+    q, k, v, *rest = _example(device, dtype)
+    out, lse = ref.forward(q, k, v, *rest)
+    return torch.randn_like(out), q, k, v, out, lse, *rest
 
 
 def _example_cache(device: torch.device, dtype: torch.dtype):
@@ -93,10 +99,11 @@ def _example_cache(device: torch.device, dtype: torch.dtype):
     cache = torch.randn(4, 9, 2, 8, device=device, dtype=dtype)
     lengths = torch.tensor([5, 0, 7], dtype=torch.int32, device=device)
     slots = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
-    return q, k, torch.randn_like(k), cache, torch.randn_like(cache), lengths, slots, 8**-0.5
+    v_cache = torch.randn_like(cache)
+    return q, k, torch.randn_like(k), cache, v_cache, lengths, slots, *_example_rule(device)
 
 
-def _fake(q, k, v, cu_seqlens, scale):
+def _fake(q, k, v, *rest):
     rows, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((rows, heads, length), dtype=acc_dtype(q))
 
@@ -104,7 +111,7 @@ def _fake(q, k, v, cu_seqlens, scale):
 attention_backward = register(
     FAMILY,
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? cu_seqlens, float scale) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? cu_seqlens, {RULE}) -> (Tensor, Tensor, Tensor)",
     reference=ref.backward,
     fake=lambda dout, q, k, v, *rest: tuple(t.new_empty(t.shape) for t in (q, k, v)),
     example=_example_backward,
@@ -112,18 +119,18 @@ attention_backward = register(
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.scale = inputs
+    q, k, v, cu_seqlens, alibi_slopes, *ctx.rest = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, alibi_slopes)
 
 
 def _backward(ctx, dout, _dlse):
-    return *attention_backward(dout, *ctx.saved_tensors, ctx.scale), None, None
+    return *attention_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None,) * 5
 
 
 attention = register(
     FAMILY,
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {RULE}) -> (Tensor, Tensor)",
     reference=ref.forward,
     fake=_fake,
     example=_example,
@@ -134,7 +141,7 @@ attention = register(
 attention_with_cache = register(
     CACHE_FAMILY,
     "attention_with_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor lengths, Tensor slots, float scale) -> Tensor",
+    f"Tensor lengths, Tensor slots, {RULE}) -> Tensor",
     reference=ref.with_cache,
     fake=lambda q, *rest: q.new_empty(q.shape),
     example=_example_cache,

@@ -1,6 +1,8 @@
 """Causal grouped-query attention in plain torch: the specification and the CPU leg.
 
-B rows, T queries, S keys, KV key-value heads, G query heads on each (H = KV * G), D head size.
+B rows, T queries, S keys, KV key-value heads, G query heads on each (H = KV * G), D head size. The
+query at position i sees the keys j <= i of its sequence with i - j < window or j < global_tokens;
+ALiBi lowers their scores by slope * (i - j).
 Inside, a sequence is (KV, G, T, D) or (KV, S, D) in the accumulation dtype, freshly allocated:
 products of the same shapes on memory of the same alignment give the same bits wherever the
 sequence came from.
@@ -21,25 +23,29 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    window: int | None,
+    global_tokens: int,
 ):
     """out (B, T, H, D) in q's dtype and the log-sum-exp of the scaled scores (B, H, T).
 
     p = exp(s - max s); out = round(p) v / sum p, with p rounded to v's dtype in the product only.
     """
     acc, groups = acc_dtype(q), k.shape[2]
+    rule = alibi_slopes, scale, window, global_tokens
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=acc)
     for row, queries, keys in _sequences(q, k, cu_seqlens):
         qs = _query_heads(q[row, queries], groups, acc)
         ks, vs = _key_heads(k[row, keys], acc), _key_heads(v[row, keys], acc)
         parts, tops = [], []
-        for block, seen in _blocks(qs, ks):
-            scores = _scores(qs[:, :, block], ks[:, :seen], scale)
+        for block, seen, places in _blocks(qs, ks, window, global_tokens):
+            scores = _scores(qs[:, :, block], ks[:, seen], *places, *rule)
             top = scores.amax(-1, keepdim=True)
             p = scores.sub_(top).exp_()
             total = p.sum(-1, keepdim=True)
-            parts.append(_product(_round(p, v.dtype), vs[:, :seen]) / total)
+            parts.append(_product(_round(p, v.dtype), vs[:, seen]) / total)
             tops.append((top + total.log())[..., 0])
         if parts:
             out[row, queries] = torch.cat(parts, 2).flatten(0, 1).transpose(0, 1).to(q.dtype)
@@ -55,12 +61,16 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    window: int | None,
+    global_tokens: int,
 ):
     """p = exp(s - lse); dv = p^T dout; ds = p * (dout v^T - sum(dout * out));
     dq = scale ds k; dk = scale ds^T q. p and ds are rounded to the inputs' dtype in products.
     """
     acc, groups = acc_dtype(q), k.shape[2]
+    rule = alibi_slopes, scale, window, global_tokens
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for row, queries, keys in _sequences(q, k, cu_seqlens):
         qs, outs, douts = (_query_heads(t[row, queries], groups, acc) for t in (q, out, dout))
@@ -68,13 +78,13 @@ def backward(
         sums = lse[row, :, queries].unflatten(0, (groups, -1))
         delta = (outs * douts).sum(-1, keepdim=True)
         dqs, dks, dvs = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
-        for block, seen in _blocks(qs, ks):
-            qb, kb, db = qs[:, :, block], ks[:, :seen], douts[:, :, block]
-            p = _scores(qb, kb, scale).sub_(sums[:, :, block, None]).exp_()
-            dp = _product(db, vs[:, :seen].mT)
+        for block, seen, places in _blocks(qs, ks, window, global_tokens):
+            qb, kb, db = qs[:, :, block], ks[:, seen], douts[:, :, block]
+            p = _scores(qb, kb, *places, *rule).sub_(sums[:, :, block, None]).exp_()
+            dp = _product(db, vs[:, seen].mT)
             ds = _round(p * (dp - delta[:, :, block]), q.dtype).flatten(1, 2)
-            dvs[:, :seen] += _round(p, v.dtype).flatten(1, 2).mT @ db.flatten(1, 2)
-            dks[:, :seen] += scale * (ds.mT @ qb.flatten(1, 2))
+            dvs[:, seen] += _round(p, v.dtype).flatten(1, 2).mT @ db.flatten(1, 2)
+            dks[:, seen] += scale * (ds.mT @ qb.flatten(1, 2))
             dqs[:, :, block] = scale * (ds @ kb).view_as(qb)
         dq[row, queries] = dqs.flatten(0, 1).transpose(0, 1).to(q.dtype)
         dk[row, keys] = dks.transpose(0, 1).to(k.dtype)
@@ -90,7 +100,10 @@ def with_cache(
     v_cache: torch.Tensor,
     lengths: torch.Tensor,
     slots: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    window: int | None,
+    global_tokens: int,
 ):
     """Write k and v into their slots, then one query at a time over exactly the keys it sees.
 
@@ -98,17 +111,19 @@ def with_cache(
     on the number of tokens in the call nor on the batch.
     """
     acc, groups, length = acc_dtype(q), k.shape[2], q.shape[1]
+    rule = alibi_slopes, scale, window, global_tokens
     rows = _cache_rows(lengths.tolist(), slots.tolist(), length, k_cache.shape)
     out = q.new_zeros(q.shape)
     for b, slot, start in rows:
         k_cache[slot, start : start + length] = k[b].to(k_cache.dtype)
         v_cache[slot, start : start + length] = v[b].to(v_cache.dtype)
         for i in range(length):
-            seen = start + i + 1
+            at = torch.arange(start + i + 1, device=q.device)
+            at = at[_visible(start + i, at, window, global_tokens)]
             query = _query_heads(q[b, i : i + 1], groups, acc)
-            keys = _key_heads(k_cache[slot, :seen].to(q.dtype), acc)
-            values = _key_heads(v_cache[slot, :seen].to(q.dtype), acc)
-            scores = scale * _product(query, keys.mT)
+            keys = _key_heads(k_cache[slot, at].to(q.dtype), acc)
+            values = _key_heads(v_cache[slot, at].to(q.dtype), acc)
+            scores = _scores(query, keys, at[-1:], at, *rule)
             p = torch.exp(scores - scores.amax(-1, keepdim=True))
             attended = _product(_round(p, q.dtype), values) / p.sum(-1, keepdim=True)
             out[b, i] = attended.flatten(0, 2).to(q.dtype)
@@ -157,19 +172,30 @@ def _own(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
     return x.to(acc, copy=True, memory_format=torch.contiguous_format)
 
 
-def _blocks(q: torch.Tensor, k: torch.Tensor):
-    # (slice of queries, number of keys that its last query sees)
+def _blocks(q: torch.Tensor, k: torch.Tensor, window: int | None, global_tokens: int):
+    # (slice of queries, slice of the keys that some of them see, (positions of both))
     length, ahead = q.shape[2], k.shape[1] - q.shape[2]
+    places = torch.arange(k.shape[1], device=q.device)
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        yield slice(start, stop), ahead + stop
+        far = window is None or global_tokens
+        seen = slice(0 if far else max(ahead + start - window + 1, 0), ahead + stop)
+        yield slice(start, stop), seen, (places[ahead + start : ahead + stop], places[seen])
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    # The last query of the block sees every key given; the one before it all but one; and so on.
-    queries, keys = q.shape[2], k.shape[1]
-    hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
-    return _product(q, k.mT).mul_(scale).masked_fill_(hidden, float("-inf"))
+def _visible(query, key: torch.Tensor, window: int | None, global_tokens: int) -> torch.Tensor:
+    near = key > query - window if window is not None else True
+    return (key <= query) & (near | (key < global_tokens))
+
+
+def _scores(q, k, queries, keys, alibi_slopes, scale, window, global_tokens) -> torch.Tensor:
+    # (KV, G, queries, keys); ``queries`` and ``keys`` are the positions of those of q and k.
+    scores = _product(q, k.mT).mul_(scale)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype).view(*scores.shape[:2], 1, 1)
+        scores -= slopes * (queries[:, None] - keys)
+    hidden = ~_visible(queries[:, None], keys, window, global_tokens)
+    return scores.masked_fill_(hidden, float("-inf"))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
