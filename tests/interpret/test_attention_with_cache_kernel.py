@@ -67,7 +67,7 @@ def test_parts(part):
 
 @pytest.mark.parametrize(
     "window, global_tokens, slopes, part",
-    [(1, 0, False, 16), (5, 20, False, 32), (16, 3, True, 16), (17, 0, True, 32),
+    [(4, 0, False, 16), (5, 20, False, 32), (16, 3, True, 16), (1, 0, True, 32),
      (40, 1, False, 16), (40, 40, False, 32), (1000, 1000, True, 16)],
 )  # fmt: skip
 def test_windows(window, global_tokens, slopes, part):
