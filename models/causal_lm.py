@@ -119,10 +119,9 @@ class CausalLM(nn.Module):
         return (module for module in self.modules() if isinstance(module, Router))
 
     @property
-    def expert_counts(self) -> torch.Tensor:
-        """(routers, experts) int64: tokens per expert seen in training mode since last zeroed."""
-        counts = [router.expert_counts for router in self.routers()]
-        return torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
+    def expert_counts(self) -> list[torch.Tensor]:
+        """Of every router (experts,) int64: tokens seen in training mode since last zeroed."""
+        return [router.expert_counts for router in self.routers()]
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer with its initial value; see :mod:`.init`."""

@@ -202,10 +202,12 @@ def _plan(
     tensors = _canonical(names.layout(config), stored, problems)
     shapes: dict[str, tuple[int, ...]] = {}
     wanted: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
-    for name, shape in names.tensor_shapes(config):
+    listed = list(names.tensor_shapes(config))
+    experts = Counter(stack[0] for name, _ in listed if (stack := names.stacked(name)))
+    for name, shape in listed:
         target, index = names.stacked(name) or (name, None)
         if index is not None:
-            shape = (config.n_routed_experts, *shape)
+            shape = (experts[target], *shape)
         shapes[target] = shape
         if index is None or target in tensors:
             wanted[target] = (target, None, shape)

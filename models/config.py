@@ -6,8 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from nemokernels.models.blocks import (
+    BLOCKS,
+    MTP_BLOCKS,
+    block_types,
+    check_blocks,
+    layer_configs,
+)
 from nemokernels.models.fields import (
     MAX_LAYERS,
     ConfigError,
@@ -26,8 +34,9 @@ __all__ = ["ConfigError", "NemotronHConfig"]
 # words, and the words transformers 5 writes when it saves.
 WORDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _LETTERS = {"mamba": "M", "attention": "*", **{word: letter for letter, word in WORDS.items()}}
-_PATTERN_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types")
-_MTP_KEYS = ("mtp_hybrid_override_pattern", "mtp_layers_block_type")
+_TYPES, _MTP_TYPES = f"{BLOCKS}.block_type", f"{MTP_BLOCKS}.block_type"
+_PATTERN_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types", _TYPES)
+_MTP_KEYS = ("mtp_hybrid_override_pattern", "mtp_layers_block_type", _MTP_TYPES)
 _ALIASES = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon"}
 
 # Sizes a layer of each kind cannot do without.
@@ -42,7 +51,6 @@ _NEEDED = {
 # Options the architecture has in config.json but no released model uses another way. A different
 # value would change the result, so it is refused and not ignored.
 _FIXED = {
-    "model_type": "nemotron_h",
     "tie_word_embeddings": False,
     "use_bias": False,
     "attention_bias": False,
@@ -64,8 +72,9 @@ _FLOAT32_MAX = 3.4028234663852886e38
 class NemotronHConfig:
     """Sizes and constants of one Nemotron-H model. Field names are those of its config.json.
 
-    Sizes of layer kinds the pattern does not contain may be None. ``extra`` keeps every field of
-    the file that is not interpreted here, so that saving loses none.
+    Sizes of layer kinds the pattern does not contain may be None. ``block_configs`` and
+    ``mtp_block_configs`` give single layers their own sizes, see :mod:`.blocks`. ``extra`` keeps
+    every field of the file that is not interpreted here, so that saving loses none.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -104,15 +113,27 @@ class NemotronHConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
+    block_configs: tuple[Mapping[str, object], ...] | None = field(default=None, hash=False)
+    mtp_block_configs: tuple[Mapping[str, object], ...] | None = field(default=None, hash=False)
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         limits = tuple(math.inf if v > _FLOAT32_MAX else v for v in _limits(self.time_step_limit))
         object.__setattr__(self, "time_step_limit", limits)
         for spec in dataclasses.fields(self):
-            if spec.name not in ("extra", "time_step_limit"):
+            if spec.name not in ("extra", "time_step_limit", BLOCKS, MTP_BLOCKS):
                 check_type(spec.name, getattr(self, spec.name), spec.type)
         _check(self)
+        check_blocks(self)
+        assert self.layers  # made once here, so that a layer's mistake is found here
+
+    @cached_property
+    def layers(self) -> tuple[NemotronHConfig, ...]:
+        """The configuration of every layer: this one, or with that layer's sizes.
+
+        The MTP block's layers count on from the trunk's.
+        """
+        return layer_configs(self)
 
     @property
     def pattern(self) -> str:
@@ -160,6 +181,7 @@ class NemotronHConfig:
         left = dict(data)
         check_fixed(left, _FIXED)
         rename(left, _ALIASES)
+        _read_blocks(left)
         pattern = _pattern(left, _PATTERN_KEYS)
         if pattern is None:
             raise ConfigError(
@@ -194,13 +216,35 @@ class NemotronHConfig:
         own["time_step_limit"] = list(self.time_step_limit)
         if not self.mtp_pattern:
             del own["mtp_hybrid_override_pattern"]
+        for name in (BLOCKS, MTP_BLOCKS):
+            if name in own:
+                own[name] = [dict(entry) for entry in own[name]]
+        puzzle = self.block_configs is not None
         return {
-            "architectures": ["NemotronHForCausalLM"],
-            "model_type": "nemotron_h",
+            "architectures": [f"NemotronH{'Puzzle' if puzzle else ''}ForCausalLM"],
+            "model_type": "nemotron_h_puzzle" if puzzle else "nemotron_h",
             **self.extra,
             "num_hidden_layers": len(self.pattern),
             **own,
         }
+
+
+def _read_blocks(left: dict[str, object]) -> None:
+    """The lists of blocks as tuples; their ``block_type``s are one more spelling of the pattern."""
+    model_type, puzzle = left.get("model_type", "nemotron_h"), left.get(BLOCKS) is not None
+    if model_type != ("nemotron_h_puzzle" if puzzle else "nemotron_h"):
+        raise ConfigError(
+            f"`model_type` is {show(model_type)}; nemotron_h has no `{BLOCKS}`, "
+            "nemotron_h_puzzle has them"
+        )
+    for name, spelling in ((BLOCKS, _TYPES), (MTP_BLOCKS, _MTP_TYPES)):
+        if left.get(name) is None:
+            left.pop(name, None)
+        else:
+            left[spelling] = block_types(name, left[name])
+            left[name] = tuple(left[name])
+    if not left.get("num_nextn_predict_layers", 0):
+        left.pop(MTP_BLOCKS, None)
 
 
 def _pattern(data: dict[str, object], names: tuple[str, ...]) -> str | None:
@@ -262,7 +306,7 @@ def _check(config: NemotronHConfig) -> None:
     used = set(config.pattern + config.mtp_pattern)
     for letter in sorted(used):
         for name in _NEEDED[letter]:
-            if getattr(config, name) is None:
+            if getattr(config, name) is None and config.block_configs is None:
                 raise ConfigError(f"`{name}` is missing; the pattern has {letter!r} layers")
     if "M" in used:
         check_divides(config, "mamba_num_heads", "n_groups")
@@ -280,7 +324,7 @@ def _check(config: NemotronHConfig) -> None:
             )
     if "*" in used:
         check_divides(config, "num_attention_heads", "num_key_value_heads")
-    if "E" in used:
+    if "E" in used and config.block_configs is None:
         check_divides(config, "n_routed_experts", "n_group")
         if config.topk_group > config.n_group:
             raise ConfigError(f"`topk_group` {config.topk_group} exceeds {config.n_group} groups")

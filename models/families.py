@@ -15,6 +15,7 @@ __all__ = ["CONFIGS", "Config", "parse_config", "read_config"]
 Config = NemotronHConfig | DecoderConfig
 CONFIGS: dict[str, type[Config]] = {
     "nemotron_h": NemotronHConfig,
+    "nemotron_h_puzzle": NemotronHConfig,
     **dict.fromkeys(decoder_config.FAMILIES, DecoderConfig),
 }
 

@@ -117,7 +117,7 @@ def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
     yield "backbone.embeddings.weight", (V, H)
     for index, letter in enumerate(config.pattern):
         yield f"backbone.layers.{index}.norm.weight", (H,)
-        yield from _mixer(config, letter, f"backbone.layers.{index}.mixer")
+        yield from _mixer(config.layers[index], letter, f"backbone.layers.{index}.mixer")
     yield "backbone.norm_f.weight", (H,)
     yield "lm_head.weight", (V, H)
     last = len(config.mtp_pattern) - 1
@@ -128,7 +128,8 @@ def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
             yield f"{prefix}.hnorm.weight", (H,)
             yield f"{prefix}.eh_proj.weight", (H, 2 * H)
         yield f"{prefix}.norm.weight", (H,)
-        yield from _mixer(config, letter, f"{prefix}.mixer")
+        own = config.layers[len(config.pattern) + index]
+        yield from _mixer(own, letter, f"{prefix}.mixer")
         if index == last:
             yield f"{prefix}.final_layernorm.weight", (H,)
 

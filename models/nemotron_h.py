@@ -50,7 +50,8 @@ class Backbone(nn.Module):
         empty = torch.empty(config.vocab_size, config.hidden_size, **kwargs)
         self.embeddings = nn.Embedding(*empty.shape, _weight=empty)
         self.layers = nn.ModuleList(
-            Layer(config, letter, index, **kwargs) for index, letter in enumerate(config.pattern)
+            Layer(config.layers[index], letter, index, **kwargs)
+            for index, letter in enumerate(config.pattern)
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **kwargs)
 
@@ -68,8 +69,9 @@ class MTP(nn.Module):
     def __init__(self, config: NemotronHConfig, **kwargs):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_epsilon
+        trunk = len(config.pattern)
         self.layers = nn.ModuleList(
-            Layer(config, letter, len(config.pattern) + index, **kwargs)
+            Layer(config.layers[trunk + index], letter, trunk + index, **kwargs)
             for index, letter in enumerate(config.mtp_pattern)
         )
         # The published names put the ends of the block inside its first and last layer.

@@ -222,10 +222,12 @@ class Trainer:
         routers = list(self.model.routers())
         if not routers:
             return 0.0
-        (counts,) = parallel.all_sum(self.model.expert_counts)
+        counts = self.model.expert_counts
+        (total,) = parallel.all_sum(torch.cat(counts))
+        counts = total.split([len(row) for row in counts])
         for router, row in zip(routers, counts):
             update_correction_bias(
                 router.e_score_correction_bias, row, rate=self.settings.balance_rate
             )
             router.expert_counts.zero_()
-        return (counts.amax(1) / counts.double().mean(1)).max().item()
+        return torch.stack([row.max() / row.double().mean() for row in counts]).max().item()
