@@ -12,10 +12,13 @@ from nemokernels.ops.causal_conv1d import (
 )
 from nemokernels.ops.cross_entropy import linear_cross_entropy
 from nemokernels.ops.fp8 import (
+    Fp8Codes,
+    cast_fp8_weight,
     current_scale,
     delayed_scaling_update,
     dequantize_fp8,
     fp8_linear,
+    fp8_products,
     quantize_fp8,
 )
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
@@ -44,6 +47,7 @@ from nemokernels.patch import patch_transformers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Fp8Codes",
     "NVFP4",
     "Route",
     "Verdict",
@@ -51,6 +55,7 @@ __all__ = [
     "attention_with_cache",
     "backends",
     "balance_loss",
+    "cast_fp8_weight",
     "causal_conv1d_fn",
     "causal_conv1d_ref",
     "causal_conv1d_update",
@@ -62,6 +67,7 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_nvfp4",
     "fp8_linear",
+    "fp8_products",
     "hadamard16",
     "linear_cross_entropy",
     "mamba_chunk_scan_combined",

@@ -46,6 +46,27 @@ def softplus(x):
 
 
 @triton.jit
+def raise_amax(amax_ptr, x):
+    """amax = max(amax, |x|) in place for a float32 tile x (rows, columns); NaN does not count.
+
+    Floats that are not negative order as their bits do, and a maximum of integers is the same in
+    any order.
+    """
+    magnitude = tl.where(x == x, tl.abs(x), 0.0)
+    largest = tl.max(tl.max(magnitude, 1), 0)
+    bits_ptr = amax_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.atomic_max(bits_ptr, largest.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def to_fp8(x, largest, dtype: tl.constexpr):
+    """float32 to the FP8 format of this largest value: saturated, to nearest even; NaN stays."""
+    x = tl.where(x > largest, largest, x)
+    x = tl.where(x < -largest, -largest, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def column_sum_kernel(
     partial_ptr, out_ptr, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemokernels import current_scale, delayed_scaling_update, dequantize_fp8, quantize_fp8
+from nemokernels import (
+    current_scale,
+    delayed_scaling_update,
+    dequantize_fp8,
+    quantize_fp8,
+    relu2,
+)
 
 FLOAT_MAX = np.finfo(np.float32).max
 FORMATS = {
@@ -220,6 +226,33 @@ def test_update_of_concatenated_state_equals_separate_updates():
         delayed_scaling_update(s, h, amax[i : i + 1])
         assert torch.equal(s, scale[i : i + 1]) and torch.equal(h, history[:, i : i + 1])
     delayed_scaling_update(torch.ones(0), torch.zeros(4, 0))
+    delayed_scaling_update([], [])
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_update_of_many_tensors_equals_separate_updates(reduced):
+    """Of two formats and several widths, one of them a view."""
+    sizes, formats = (2, 1, 0, 3), ("e4m3", "e5m2", "e4m3", "e5m2")
+    state = [(torch.rand(n), torch.rand(4, 2 * n)[:, ::2]) for n in sizes]
+    want = [(s.clone(), h.clone()) for s, h in state]
+    amax = torch.rand(6)
+    delayed_scaling_update([s for s, _ in state], [h for _, h in state],
+                           amax if reduced else None, format=formats, margin=1)  # fmt: skip
+    for (s, h), (got_s, got_h), format, part in zip(want, state, formats, amax.split(sizes)):
+        delayed_scaling_update(s, h, part if reduced else None, format=format, margin=1)
+        assert torch.equal(got_s, s) and torch.equal(got_h, h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("format", FORMATS)
+def test_squared_relu_on_the_way(format, dtype):
+    """The same bits as storing relu2(x) first: infinities, NaN and float16's overflow included."""
+    x = (torch.randn(9, 33) * 8).to(dtype)
+    x[0, :5] = torch.tensor([np.nan, np.inf, -np.inf, 300.0, -0.0])
+    scale = torch.tensor([0.7])
+    got = quantize_fp8(x, scale, format=format, transpose=True, squared_relu=True)
+    for a, b in zip(got, quantize_fp8(relu2(x), scale, format=format, transpose=True)):
+        assert a.shape == b.shape and np.array_equal(bits(a.reshape(-1)), bits(b.reshape(-1)))
 
 
 def test_update_writes_through_views():
@@ -246,6 +279,10 @@ X, EIGHT = torch.ones(2, 8), torch.ones(2, 8).to(torch.float8_e4m3fn)
         (lambda: quantize_fp8(X, torch.ones(2)), ValueError, r"`scale` has shape \(2,\), expected"),
         (lambda: quantize_fp8(X, one.to("meta")), ValueError, "`scale` is on meta"),
         (lambda: quantize_fp8(X, one, format="e3m4"), ValueError, "`format` is 'e3m4'"),
+        (lambda: quantize_fp8(X, one * 0), ValueError, "`scale` is 0.0, expected a positive"),
+        (lambda: quantize_fp8(X, -one), ValueError, "`scale` is -1.0, expected a positive"),
+        (lambda: quantize_fp8(X, one * np.inf), ValueError, "`scale` is inf, expected a pos"),
+        (lambda: quantize_fp8(X, one * np.nan), ValueError, "`scale` is nan, expected a pos"),
         (lambda: quantize_fp8(torch.tensor(1.0), one, transpose=True), ValueError, "got a scalar"),
         (lambda: dequantize_fp8(X, one), TypeError, "`q` is torch.float32"),
         (lambda: dequantize_fp8(EIGHT, X), ValueError, "`scale_inv` has shape"),
@@ -257,6 +294,9 @@ X, EIGHT = torch.ones(2, 8), torch.ones(2, 8).to(torch.float8_e4m3fn)
         (lambda: delayed_scaling_update(X[0], X[:0]), ValueError, "at least one row"),
         (lambda: delayed_scaling_update(X[0], X.half()), TypeError, "`amax_history` is torch.fl"),
         (lambda: delayed_scaling_update(X[0], X, X), ValueError, "`amax` has shape"),
+        (lambda: delayed_scaling_update([X[0]], []), ValueError, "got 1 of `scale`, 0 of `amax_"),
+        (lambda: delayed_scaling_update([X[0]] * 2, [X, X[:1]]), ValueError, "all the same numb"),
+        (lambda: delayed_scaling_update([X[0]] * 2, [X, X.to("meta")]), ValueError, "on meta"),
         (lambda: delayed_scaling_update(X[0], X, algorithm="mean"), ValueError, "`algorithm` is"),
     ],
 )  # fmt: skip
@@ -267,11 +307,13 @@ def test_bad_input(call, error, message):
 
 def test_a_gradient_is_refused_not_dropped():
     x = X.clone().requires_grad_()
-    q, amax = quantize_fp8(x, one)
-    for out in (current_scale(x), q.float().sum(), amax):
-        with pytest.raises(RuntimeError, match="not differentiable"):
-            out.backward()
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        current_scale(x).backward()
+    with pytest.raises(ValueError, match="`x` requires a gradient"):
+        quantize_fp8(x, one)
     with pytest.raises(ValueError, match="`q` requires a gradient"):
-        dequantize_fp8(q, one)
+        dequantize_fp8(EIGHT.clone().requires_grad_(), one)
     with pytest.raises(RuntimeError, match="writes into its state"):
         delayed_scaling_update(torch.ones(8, requires_grad=True), X)
+    with torch.no_grad():
+        assert quantize_fp8(x, one)[1] == 1

@@ -3,7 +3,15 @@ import numpy as np
 import pytest
 import torch
 
-from nemokernels import current_scale, delayed_scaling_update, fp8_linear, testing
+from nemokernels import (
+    cast_fp8_weight,
+    current_scale,
+    delayed_scaling_update,
+    fp8_linear,
+    fp8_products,
+    relu2,
+    testing,
+)
 
 KINDS = {
     "e4m3": (ml_dtypes.float8_e4m3fn, np.float32(448)),
@@ -139,10 +147,13 @@ def test_each_input_alone_can_need_a_gradient():
 
 def test_operator_refuses_a_gradient_it_kept_nothing_for():
     x, weight, _, dy = sample(6, 5, 8, torch.float32)
-    op = torch.ops.nemokernels.fp8_linear
-    y = op(x.requires_grad_(), weight, None, *[None] * 4, torch.float8_e5m2, False, False)[0]
-    with pytest.raises(RuntimeError, match="`x` needs a gradient"):
-        y.backward(dy)
+    codes, scale, nothing = torch.ones(5, 8).byte(), torch.ones(1), torch.ones(0, 0).byte()
+    rest = (None, None, None, torch.float8_e5m2, False, "")
+    operands = (torch.ones(6, 8).byte(), nothing, scale, codes, nothing, scale)
+    for grads, name in (((True, False), "x"), ((False, True), "weight")):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip((x, weight), grads)]
+        with pytest.raises(RuntimeError, match=f"`{name}` needs a gradient, its operand was not"):
+            torch.ops.nemokernels.fp8_product(*leaves, None, *operands, *rest)
 
 
 def test_amaxes_reach_their_slots():
@@ -155,6 +166,67 @@ def test_amaxes_reach_their_slots():
     run(x * 0.5, weight * 2, None, dy * 0.5, **slots)
     assert torch.equal(history[0, 0], want * torch.tensor([1.0, 2.0, 1.0]))
     assert not history[0, 1:].any() and not history[1].any()
+
+
+def test_nothing_is_written_under_no_grad():
+    x, weight, _, dy = sample(6, 5, 8, torch.float32)
+    slots = dict(zip(("x_amax", "w_amax", "dy_amax"), torch.zeros(3)))
+    with torch.no_grad():
+        fp8_linear(x, weight, **slots)
+    assert not any(slots.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squared_relu_equals_the_op_before_it(dtype):
+    x, weight, bias, dy = sample(7, 5, 8, dtype)
+    for scales in ({}, as_scales(CASES[1])):
+        slots = [dict(x_amax=torch.zeros(1)) for _ in range(2)]
+        got = run(x, weight, bias, dy, squared_relu=True, **scales, **slots[0])
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = fp8_linear(relu2(leaves[0]), *leaves[1:], **scales, **slots[1])
+        for g, w in zip(got, [y, *torch.autograd.grad(y, leaves, dy)]):
+            assert torch.equal(g, w)
+        assert slots[0] == slots[1] and slots[0]["x_amax"] == relu2(x).amax()
+
+
+def test_weight_cast_before():
+    x, weight, bias, dy = sample(7, 5, 8, torch.bfloat16)
+    for scale in (None, torch.tensor([30.0])):
+        slot, unread = torch.zeros(1), torch.zeros(1)
+        codes = cast_fp8_weight(weight, scale, slot)
+        assert slot == weight.abs().amax()
+        got = run(x, torch.full_like(weight, torch.nan), bias, dy, weight_codes=codes,
+                  w_amax=unread)  # fmt: skip
+        for g, w in zip(got, run(x, weight, bias, dy, w_scale=scale)):
+            assert torch.equal(g, w)
+        assert unread == 0
+    codes = cast_fp8_weight(weight, transpose=False)
+    assert torch.equal(fp8_linear(x, weight, weight_codes=codes), fp8_linear(x, weight))
+    with pytest.raises(ValueError, match="`weight_codes` has shape .*the gradient of x needs"):
+        fp8_linear(x.requires_grad_(), weight, weight_codes=codes)
+
+
+def test_main_gradient_accumulates_in_its_own_dtype():
+    x, weight, _, dy = sample(7, 5, 8, torch.bfloat16)
+    start = torch.randn(5, 8)
+    main, weight = start.clone(), weight.requires_grad_()
+    for _ in range(2):
+        fp8_linear(x, weight, main_grad=main).backward(dy)
+    assert weight.grad is None
+    exact = plain(x.detach(), weight, None, dy)[2]
+    _, _, wide = run(x.float(), weight.detach().float(), None, dy.float())
+    testing.assert_matches(main, start.double() + 2 * exact, start + 2 * wide)
+
+
+def test_ledger_tells_which_products_ran():
+    x, weight, _, dy = sample(6, 5, 8, torch.float32)
+    y = fp8_linear(x.requires_grad_(), weight, layer="ledger test")
+    assert fp8_products("ledger test") == {"forward": "reference"}
+    y.backward(dy)
+    assert fp8_products("ledger test") == {"forward": "reference", "dgrad": "reference"}
+    fp8_linear(x.detach(), weight.requires_grad_(), layer="ledger test").backward(dy)
+    assert fp8_products("ledger test").keys() == {"forward", "dgrad", "wgrad"}
+    assert fp8_products("another") == {} == fp8_products("")
 
 
 def test_two_forwards_before_their_backwards_share_a_slot():
@@ -274,6 +346,10 @@ def test_nan_row_does_not_spread():
         (dict(dy_scale=torch.ones(1).half()), TypeError, "`dy_scale` is torch.float16"),
         (dict(dy_amax=torch.ones(1, requires_grad=True)), ValueError, "`dy_amax` requires a grad"),
         (dict(x_amax=torch.ones(2)), ValueError, "`x_amax` has shape"),
+        (dict(dy_scale=torch.tensor(0.0)), ValueError, "`dy_scale` is 0.0, expected a positive"),
+        (dict(x_scale=torch.tensor(torch.nan)), ValueError, "`x_scale` is nan"),
+        (dict(w_scale=torch.tensor(torch.inf)), ValueError, "`w_scale` is inf"),
+        (dict(main_grad=torch.ones(8, 4)), ValueError, "`main_grad` has shape"),
         (dict(grad_format="hybrid"), ValueError, "`grad_format` is 'hybrid'"),
     ],
 )  # fmt: skip

@@ -20,12 +20,25 @@ interpreter = pytest.importorskip("triton.runtime.interpreter", reason="no Trito
 _convert = interpreter._convert_float
 
 
+ROUNDED = {
+    interpreter.tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16),
+    interpreter.tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8, np.uint8),
+    interpreter.tl.float8e5: (torch.float8_e5m2, torch.uint8, np.uint8),
+}
+
+
 def _convert_float(data, source, target, rounding_mode):
-    # The interpreter cuts float32 off where bfloat16 ends; the GPU rounds to nearest even.
-    if target != interpreter.tl.bfloat16:
+    # The interpreter cuts float32 off where bfloat16 ends, rounds ties of FP8 away from zero and
+    # its subnormals down; the GPU rounds to nearest even.
+    if target == interpreter.tl.float32 and source in ROUNDED:  # it reads FP8's NaN as a number
+        dtype = ROUNDED[source][0]
+        value = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(dtype).float()
+        return value.view(torch.int32).numpy().view(np.uint32).reshape(data.shape)
+    if target not in ROUNDED or source != interpreter.tl.float32:
         return _convert(data, source, target, rounding_mode)
+    dtype, bits, stored = ROUNDED[target]
     value = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(torch.float32)
-    return value.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+    return value.to(dtype).view(bits).numpy().view(stored).reshape(data.shape)
 
 
 interpreter._convert_float = _convert_float

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops.fp8 import op
+from nemokernels.ops.fp8.ledger import fp8_products
 
 __all__ = [
+    "Fp8Codes",
+    "cast_fp8_weight",
     "current_scale",
     "delayed_scaling_update",
     "dequantize_fp8",
     "fp8_linear",
+    "fp8_products",
     "quantize_fp8",
 ]
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
+class Fp8Codes(NamedTuple):
+    """A quantised weight (N, K): its codes as bytes, the same transposed (K, N), 1 / scale ()."""
+
+    codes: torch.Tensor
+    transposed: torch.Tensor
+    scale_inv: torch.Tensor
+
+
 def quantize_fp8(
-    x: torch.Tensor, scale: torch.Tensor, *, format: str = "e4m3", transpose: bool = False
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    format: str = "e4m3",
+    transpose: bool = False,
+    squared_relu: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """``q = saturate(x * scale)``, rounded to nearest even, and ``amax = max |x|``.
 
@@ -31,13 +51,16 @@ def quantize_fp8(
 
     Args:
         x: (..., K), float32, bfloat16, float16 or float64 (which is first rounded to float32).
-        scale: one float32 element, on x's device; what the consumer divides by.
+        scale: one float32 element, on x's device; what the consumer divides by. Positive and
+            finite: checked where it is on the CPU.
         format: "e4m3" or "e5m2".
         transpose: also return q as (K, product of the leading sizes), which the matrix products of
             the backward read on hardware whose FP8 products take both operands K-contiguous.
+        squared_relu: quantise ``relu2(x)``, as it would be stored in x's dtype, instead of x.
 
     Returns:
-        q in x's shape, amax () float32, and with ``transpose`` the transposed q.
+        q in x's shape, amax () float32, and with ``transpose`` the transposed q. x is read once for
+        all of them.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
@@ -47,12 +70,15 @@ def quantize_fp8(
     """
     where = "quantize_fp8"
     check_tensor(where, "x", x, dtypes=FLOATS)
-    _check_scalar(where, "scale", scale, x.device)
+    _check_no_grad(where, "x", x)
+    _check_scale(where, "scale", scale, x.device)
     dtype = _dtype(where, "format", format)
-    if not transpose:
-        return op.quantize(x, scale, dtype)
-    check(where, x.dim() >= 1, "`x` needs at least one axis to be transposed, got a scalar")
-    return op.quantize_transpose(x, scale, dtype)
+    check(where, x.dim() >= 1 or not transpose,
+          "`x` needs at least one axis to be transposed, got a scalar")  # fmt: skip
+    amax = torch.zeros((), dtype=torch.float32, device=x.device)
+    with torch.no_grad():
+        q, q_t, _ = op.quantize(x, scale, amax, dtype, squared_relu, True, transpose)
+    return (q, amax, q_t) if transpose else (q, amax)
 
 
 def dequantize_fp8(
@@ -74,7 +100,7 @@ def dequantize_fp8(
     """
     where = "dequantize_fp8"
     check_tensor(where, "q", q, dtypes=tuple(FORMATS.values()))
-    check(where, not q.requires_grad, "`q` requires a gradient; quantisation has none")
+    _check_no_grad(where, "q", q)
     _check_scalar(where, "scale_inv", scale_inv, q.device)
     _check_float(where, dtype)
     return op.dequantize(q.view(torch.uint8), scale_inv, q.dtype, dtype)
@@ -101,23 +127,23 @@ def current_scale(x: torch.Tensor, *, format: str = "e4m3") -> torch.Tensor:
     Source: per-tensor current scaling of NVIDIA Transformer Engine.
     """
     check_tensor("current_scale", "x", x, dtypes=FLOATS)
-    return op.current_scale(x, _dtype("current_scale", "format", format))
+    return op.current_scale(x, _dtype("current_scale", "format", format), False)
 
 
 def delayed_scaling_update(
-    scale: torch.Tensor,
-    amax_history: torch.Tensor,
+    scale: torch.Tensor | Sequence[torch.Tensor],
+    amax_history: torch.Tensor | Sequence[torch.Tensor],
     amax: torch.Tensor | None = None,
     *,
-    format: str = "e4m3",
+    format: str | Sequence[str] = "e4m3",
     margin: float = 0.0,
     algorithm: str = "max",
 ) -> None:
     """End of a step under delayed scaling: roll the histories and renew the scales, in place.
 
-    Column s of the history belongs to scale s; concatenate the state of all tensors of one format
-    and update them in one call. Row 0 collects the current step's maximum; rows 1 to L - 1 hold
-    earlier steps, the latest last. Per column:
+    Column s of the history belongs to scale s. The state of a whole model, as sequences of such
+    pairs, is updated in one call, which is one launch on a GPU. Row 0 collects the current step's
+    maximum; rows 1 to L - 1 hold earlier steps, the latest last. Per column:
 
     1. ``current = amax`` if that is given and not 0, else ``amax_history[0]``.
     2. If ``current`` is 0 (the tensor was not used), history and scale stay as they are. Otherwise
@@ -128,12 +154,16 @@ def delayed_scaling_update(
     4. Rows 1 to L - 1 move up by one, ``current`` becomes the last row, row 0 becomes 0. With a
        history of length 1 nothing is remembered: its row becomes 0.
 
+    It can be captured in a CUDA graph, after one call with the same tensors outside of it.
+
     Args:
-        scale: (S) float32, ones at the start.
-        amax_history: (L, S) float32, zeros at the start, L at least 1.
-        amax: (S) float32, the current maxima after a max-reduction over ranks, or None to take
-            row 0 of the history. All ranks must then hold the same values.
-        format: format of these tensors, "e4m3" or "e5m2".
+        scale: (S) float32, ones at the start; or several of these.
+        amax_history: (L, S) float32, zeros at the start, L at least 1; or one for each scale, all
+            of the same L.
+        amax: the current maxima after a max-reduction over ranks, (S) float32, of several tensors
+            their concatenation; or None to take row 0 of the history. All ranks must then hold the
+            same values.
+        format: format of these tensors, "e4m3" or "e5m2"; or one for each scale.
         margin: powers of two left unused above the maximum.
         algorithm: "max" or "most_recent".
 
@@ -143,19 +173,59 @@ def delayed_scaling_update(
 
     Source: delayed scaling recipe of NVIDIA Transformer Engine, as its fused update kernel does it.
     """
-    where = "delayed_scaling_update"
-    single = (torch.float32,)
-    check_tensor(where, "scale", scale, shape=(None,), dims="(S,)", dtypes=single)
-    check_tensor(where, "amax_history", amax_history, shape=(None, scale.shape[0]), dims="(L, S)",
-                 dtypes=single, device=scale.device)  # fmt: skip
-    check(where, amax_history.shape[0] >= 1, "`amax_history` needs at least one row, got none")
-    if amax is not None:
-        check_tensor(where, "amax", amax, shape=scale.shape, dims="(S,)", dtypes=single,
-                     device=scale.device)  # fmt: skip
+    where, single = "delayed_scaling_update", (torch.float32,)
+    scales = [scale] if isinstance(scale, torch.Tensor) else list(scale)
+    histories = [amax_history] if isinstance(amax_history, torch.Tensor) else list(amax_history)
+    formats = [format] * len(scales) if isinstance(format, str) else list(format)
+    check(where, len(scales) == len(histories) == len(formats),
+          "got {} of `scale`, {} of `amax_history`, {} of `format`, expected the same number",
+          len(scales), len(histories), len(formats))  # fmt: skip
+    for s, history in zip(scales, histories):
+        check_tensor(where, "scale", s, shape=(None,), dims="(S,)", dtypes=single,
+                     device=getattr(scales[0], "device", None))  # fmt: skip
+        check_tensor(where, "amax_history", history, shape=(None, s.shape[0]), dims="(L, S)",
+                     dtypes=single, device=s.device)  # fmt: skip
+        check(where, history.shape[0] == histories[0].shape[0] >= 1,
+              "`amax_history` needs at least one row, and all the same number, got {} and {}",
+              histories[0].shape[0], history.shape[0])  # fmt: skip
+    if amax is not None and scales:
+        columns = sum(s.shape[0] for s in scales)
+        check_tensor(where, "amax", amax, shape=(columns,), dims="(S,)", dtypes=single,
+                     device=scales[0].device)  # fmt: skip
     check(where, algorithm in ("max", "most_recent"),
           "`algorithm` is {!r}, expected 'max' or 'most_recent'", algorithm)  # fmt: skip
-    op.delayed_scaling_update(scale, amax_history, amax, _dtype(where, "format", format),
-                              float(margin), algorithm == "most_recent")  # fmt: skip
+    largest = [torch.finfo(_dtype(where, "format", f)).max for f in formats]
+    tops = [value * 2.0**-margin for value in largest]
+    if scales:
+        op.delayed_scaling_update(scales, histories, amax, tops, algorithm == "most_recent")
+
+
+def cast_fp8_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    *,
+    transpose: bool = True,
+) -> Fp8Codes:
+    """A weight in E4M3, to be used by several calls of :func:`fp8_linear`. Has no gradient.
+
+    Args:
+        weight: (N, K), float32, bfloat16, float16 or float64.
+        scale: one float32 element; None is current scaling.
+        amax: one float32 element, raised in place to max |weight|; None: nowhere.
+        transpose: make the codes that the gradient of x needs.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+    """
+    where = "cast_fp8_weight"
+    check_tensor(where, "weight", weight, shape=(None, None), dims="(N, K)", dtypes=FLOATS)
+    if scale is not None:
+        _check_scale(where, "scale", scale, weight.device)
+    if amax is not None:
+        _check_scalar(where, "amax", amax, weight.device)
+    q, q_t, scale_inv = op.cast(weight, scale, amax, FORMATS["e4m3"], transpose=transpose)
+    return Fp8Codes(q, q_t, scale_inv)
 
 
 def fp8_linear(
@@ -170,6 +240,10 @@ def fp8_linear(
     w_amax: torch.Tensor | None = None,
     dy_amax: torch.Tensor | None = None,
     grad_format: str = "e5m2",
+    squared_relu: bool = False,
+    weight_codes: Fp8Codes | None = None,
+    main_grad: torch.Tensor | None = None,
+    layer: str = "",
 ) -> torch.Tensor:
     """``y = x @ weight.T + bias`` with both operands of each of its three products in FP8.
 
@@ -177,12 +251,19 @@ def fp8_linear(
     ``dweight = dy.T @ x`` take the 8-bit operands, ``dbias`` sums the unquantised dy. Products
     accumulate in float32 (float64 for float64 x); the scales are divided out of the accumulator,
     the bias is added to it, and there is one cast at the end. Saved for backward: the 8-bit
-    codes. Quantisation counts as the identity in the gradient.
+    codes, and x under ``squared_relu``. Quantisation counts as the identity in the gradient.
+
+    On a GPU the products are torch's scaled_mm: the forward accumulates fast, in the tensor core's
+    own precision, the gradients in split accumulation. It takes N and K that are multiples of 16,
+    any number of tokens, and float32, bfloat16 or float16; anything else is multiplied by the
+    reference, which warns.
 
     A scale that is None is taken from the tensor itself (current scaling). Delayed scaling passes
     stored scales and, as slots, elements of row 0 of the histories that
     :func:`delayed_scaling_update` reads: each ``*_amax`` is raised in place to the amax of its
-    tensor. ``dy_scale`` is read and ``dy_amax`` is written when the backward runs.
+    tensor. ``dy_scale`` is read and ``dy_amax`` is written when the backward runs. Under no_grad
+    nothing is written. A scale that is not positive and finite is refused on the CPU; on a GPU,
+    where it is not known before the launch, the result is NaN.
 
     A graph made by torch.compile refuses a backward if the storage of ``dy_amax`` was written
     between its forward and it. Where several compiled graphs are in flight, give every slot its own
@@ -197,6 +278,12 @@ def fp8_linear(
         x_scale, w_scale, dy_scale: one float32 element each, multiplied in before the rounding.
         x_amax, w_amax, dy_amax: one float32 element each, written.
         grad_format: format of dy, "e5m2" (Transformer Engine's HYBRID) or "e4m3".
+        squared_relu: multiply ``relu2(x)``, which is quantised as it is computed and never stored.
+            Same bits as ``fp8_linear(relu2(x), ...)``.
+        weight_codes: the weight as :func:`cast_fp8_weight` has cast it before; the weight itself is
+            then not read, ``w_scale`` and ``w_amax`` neither.
+        main_grad: (N, K), floating; dweight is added to it in its dtype, and the weight gets none.
+        layer: name under which :func:`fp8_products` tells where the products ran.
 
     Returns:
         (..., N) in x's dtype.
@@ -214,21 +301,32 @@ def fp8_linear(
     if bias is not None:
         check_tensor(where, "bias", bias, shape=(weight.shape[0],), dims="(N,)", dtypes=FLOATS,
                      device=x.device)  # fmt: skip
-    scalars = dict(x_scale=x_scale, w_scale=w_scale, dy_scale=dy_scale, x_amax=x_amax,
-                   w_amax=w_amax, dy_amax=dy_amax)  # fmt: skip
-    for name, value in scalars.items():
+    for name, value in dict(x_scale=x_scale, w_scale=w_scale, dy_scale=dy_scale).items():
+        if value is not None:
+            _check_scale(where, name, value, x.device)
+    for name, value in dict(x_amax=x_amax, w_amax=w_amax, dy_amax=dy_amax).items():
         if value is not None:
             _check_scalar(where, name, value, x.device)
+    if main_grad is not None:
+        check_tensor(where, "main_grad", main_grad, shape=weight.shape, dims="(N, K)",
+                     dtypes=FLOATS, device=x.device)  # fmt: skip
     grad_dtype = _dtype(where, "grad_format", grad_format)
 
     (x,) = autocast(x)
     train = torch.is_grad_enabled()
     need_dx, need_dw = train and x.requires_grad, train and weight.requires_grad
-    y, amaxes, *_ = op.linear(x, weight, bias, x_scale, w_scale, dy_scale, dy_amax, grad_dtype,
-                              need_dx, need_dw)  # fmt: skip
-    op.record_amax(x_amax, amaxes[0])
-    op.record_amax(w_amax, amaxes[1])
-    return y
+    e4m3 = FORMATS["e4m3"]
+    if weight_codes is None:
+        slot = w_amax if train else None
+        weight_codes = op.cast(weight, w_scale, slot, e4m3, transpose=need_dx)
+    else:
+        _check_codes(where, weight_codes, weight, need_dx)
+    slot = x_amax if train else None
+    x8, x8_t, x_inverse = op.cast(
+        x, x_scale, slot, e4m3, squared_relu=squared_relu, transpose=need_dw
+    )
+    return op.product(x, weight, bias, x8, x8_t, x_inverse, *weight_codes, dy_scale, dy_amax,
+                      main_grad, grad_dtype, squared_relu, layer)  # fmt: skip
 
 
 def _dtype(where: str, name: str, value: str) -> torch.dtype:
@@ -247,3 +345,26 @@ def _check_scalar(where: str, name: str, value: object, device: torch.device) ->
     check(where, value.numel() == 1, "`{}` has shape {}, expected one element", name,
           tuple(value.shape))  # fmt: skip
     check(where, not value.requires_grad, "`{}` requires a gradient; it has none", name)
+
+
+def _check_scale(where: str, name: str, value: object, device: torch.device) -> None:
+    _check_scalar(where, name, value, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        number = value.item()
+        check(where, 0 < number < float("inf"), "`{}` is {}, expected a positive finite number",
+              name, number)  # fmt: skip
+
+
+def _check_no_grad(where: str, name: str, value: torch.Tensor) -> None:
+    wants = value.requires_grad and torch.is_grad_enabled()
+    check(where, not wants, "`{}` requires a gradient; quantisation has none", name)
+
+
+def _check_codes(where: str, codes: Fp8Codes, weight: torch.Tensor, transposed: bool) -> None:
+    name, (n, k), byte = "weight_codes", weight.shape, (torch.uint8,)
+    q, q_t, scale_inv = codes
+    check_tensor(where, name, q, shape=(n, k), dims="(N, K)", dtypes=byte, device=weight.device)
+    if transposed:
+        check_tensor(where, name, q_t, shape=(k, n), dims="(K, N), the transposed codes that the "
+                     "gradient of x needs,", dtypes=byte, device=weight.device)  # fmt: skip
+    _check_scalar(where, name, scale_inv, weight.device)

@@ -7,9 +7,12 @@ input is quantised through float32; only the products of the linear layer follow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nemokernels._registry import acc_dtype
+from nemokernels.ops.relu2 import ref as relu2
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLOAT_MAX = torch.finfo(torch.float32).max
@@ -32,20 +35,37 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
-    """q = round-to-nearest-even(clamp(x * scale)), and the amax of the unscaled x.
+def activated(x: torch.Tensor, squared_relu: bool) -> torch.Tensor:
+    """What is quantised: x, or relu2(x), rounded to x's dtype as the op of that name does."""
+    return relu2.forward(x) if squared_relu else x
+
+
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    amax_slot: torch.Tensor,
+    dtype: torch.dtype,
+    squared_relu: bool,
+    rows: bool,
+    transpose: bool,
+):
+    """q = round-to-nearest-even(clamp(x * scale)), x (..., K) or relu2(x).
 
     The product is rounded to float32 first. Infinities saturate like large values, NaN stays NaN.
+    Raises ``amax_slot`` to max |x| in place. Returns q, q flattened to (M, K) and transposed, each
+    empty where not asked for, and 1 / scale: NaN unless the scale is positive and finite, so that a
+    scale without meaning shows in what is computed from q.
     """
-    limit = largest(dtype)
-    scaled = x.float() * scale.float().reshape(())
-    return scaled.clamp(-limit, limit).to(dtype), amax(x)
-
-
-def quantize_transpose(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
-    """The same with a second copy of q (..., K), flattened to (M, K) and transposed: (K, M)."""
-    q, maximum = quantize(x, scale, dtype)
-    return q, maximum, as_rows(q).t()
+    x = activated(x, squared_relu)
+    limit, factor = largest(dtype), scale.float().reshape(())
+    q = (x.float() * factor).clamp(-limit, limit).to(dtype)
+    amax_slot.copy_(torch.maximum(amax_slot, amax(x).to(amax_slot.dtype)))
+    valid = (factor > 0) & factor.isfinite()
+    return (
+        q if rows else q.new_empty((0,)),
+        as_rows(q).t() if transpose else q.new_empty((0, 0)),
+        torch.where(valid, factor.reciprocal(), torch.nan),
+    )
 
 
 def dequantize(
@@ -56,25 +76,43 @@ def dequantize(
     return (codes.view(format).to(acc) * scale_inv.to(acc).reshape(())).to(dtype)
 
 
-def current_scale(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """largest / amax(x); 1 where amax is 0 or infinite; capped at the largest float32."""
-    maximum = amax(x)
+def current_scale(x: torch.Tensor, dtype: torch.dtype, squared_relu: bool) -> torch.Tensor:
+    """largest / amax of x or relu2(x); 1 where that is 0 or infinite; at most the largest float."""
+    maximum = amax(activated(x, squared_relu))
     scale = (torch.full_like(maximum, largest(dtype)) / maximum).clamp(max=FLOAT_MAX)
     return torch.where((maximum > 0) & maximum.isfinite(), scale, 1.0)
 
 
 def delayed_scaling_update(
+    scales: Sequence[torch.Tensor],
+    histories: Sequence[torch.Tensor],
+    reduced: torch.Tensor | None,
+    tops: Sequence[float],
+    most_recent: bool,
+) -> None:
+    """Roll every history (L, S) and renew its scales (S), in place.
+
+    ``reduced`` holds the maxima of all columns of all tensors, in order; ``tops`` for every tensor
+    what the maximum is scaled to.
+    """
+    start = 0
+    for scale, history, top in zip(scales, histories, tops):
+        part = None if reduced is None else reduced[start : start + scale.numel()]
+        _update(scale, history, part, top, most_recent)
+        start += scale.numel()
+
+
+def _update(
     scale: torch.Tensor,
     history: torch.Tensor,
     reduced: torch.Tensor | None,
-    dtype: torch.dtype,
-    margin: float,
+    top: float,
     most_recent: bool,
 ) -> None:
-    """Roll the history (L, S) and renew the scales (S), both in place.
+    """A tensor that saw nothing (current maximum 0) keeps its history and its scale.
 
-    A tensor that saw nothing (current maximum 0) keeps its history and its scale. The maximum over
-    the history ignores NaN, as CUDA's fmaxf does; an infinite or NaN result keeps the scale.
+    The maximum over the history ignores NaN, as CUDA's fmaxf does; an infinite or NaN result keeps
+    the scale.
     """
     current = history[0]
     if reduced is not None:
@@ -85,9 +123,8 @@ def delayed_scaling_update(
     else:
         seen = torch.cat([history[1:], current[None]])
         maximum = torch.where(moved & ~seen.isnan(), seen, 0.0).amax(0)
-    top = torch.full_like(maximum, largest(dtype) * 2.0**-margin)
     known = (maximum > 0) & maximum.isfinite()
-    renewed = torch.where(known, top / maximum, scale)
+    renewed = torch.where(known, torch.full_like(maximum, top) / maximum, scale)
     scale.copy_(torch.where(renewed.isinf(), FLOAT_MAX, renewed))
 
     rolled = torch.roll(history, -1, 0)
@@ -96,70 +133,59 @@ def delayed_scaling_update(
     history.copy_(torch.where(moved, rolled, history))
 
 
-def linear(
+def product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    w_scale: torch.Tensor | None,
-    dy_scale: torch.Tensor | None,
-    dy_amax: torch.Tensor | None,
-    grad_dtype: torch.dtype,
-    need_dx: bool,
-    need_dw: bool,
+    x8: torch.Tensor,
+    x8_t: torch.Tensor,
+    x_inverse: torch.Tensor,
+    w8: torch.Tensor,
+    w8_t: torch.Tensor,
+    w_inverse: torch.Tensor,
+    *_,
 ):
-    """y = (q(x) q(w)^T) / x_scale / w_scale + bias, accumulated wide, one cast to x's dtype.
+    """y = (x8 w8^T) * x_inverse * w_inverse + bias, accumulated wide, one cast to x's dtype.
 
-    Also returns the amaxes of x and w (2), their inverse scales (2), and, for the backward, the
-    transposed codes of x (K, M) and w (K, N) as bytes; empty where not needed. ``dy_scale``,
-    ``dy_amax`` and ``grad_dtype`` only pass through to the backward.
+    x (..., K) and weight (N, K) only say whom the gradients belong to; the product reads their
+    codes, as bytes. What follows passes through to the backward.
     """
     acc = acc_dtype(x)
-    rows = as_rows(x)
-    x_scale = current_scale(x, E4M3) if x_scale is None else x_scale.float().reshape(())
-    w_scale = current_scale(weight, E4M3) if w_scale is None else w_scale.float().reshape(())
-    x8, x_amax, x8_t = quantize_transpose(rows, x_scale, E4M3)
-    w8, w_amax, w8_t = quantize_transpose(weight, w_scale, E4M3)
-    inverse = torch.stack([x_scale, w_scale]).reciprocal()
-    y = x8.to(acc) @ w8.to(acc).t() * inverse[0].to(acc) * inverse[1].to(acc)
+    a, b = as_rows(x8.view(E4M3)).to(acc), w8.view(E4M3).to(acc)
+    y = a @ b.t() * x_inverse.to(acc) * w_inverse.to(acc)
     if bias is not None:
         y = y + bias.to(acc)
-    y = y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-    return (
-        y,
-        torch.stack([x_amax, w_amax]),
-        inverse,
-        (x8_t if need_dw else x8_t.new_empty((0, 0))).view(torch.uint8),
-        (w8_t if need_dx else w8_t.new_empty((0, 0))).view(torch.uint8),
-    )
+    return y.to(x.dtype).reshape(*x.shape[:-1], w8.shape[0])
 
 
-def linear_backward(
+def product_backward(
     dy: torch.Tensor,
-    inverse: torch.Tensor,
+    dy8: torch.Tensor,
+    dy8_t: torch.Tensor,
+    dy_inverse: torch.Tensor,
     x8_t: torch.Tensor,
+    x_inverse: torch.Tensor,
     w8_t: torch.Tensor,
-    dy_scale: torch.Tensor | None,
+    w_inverse: torch.Tensor,
     grad_dtype: torch.dtype,
     x_dtype: torch.dtype | None,
     w_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
+    *_,
 ):
-    """dx = q(dy) q(w), dw = q(dy)^T q(x), each over its two scales; db = sum of the unquantised dy.
+    """dx = dy8 w8, dw = dy8^T x8, each over its two scales; db = sum of the unquantised dy.
 
-    A gradient whose dtype is None is not computed and comes back empty. Also returns amax(dy).
+    A gradient whose dtype is None is not computed and comes back empty.
     """
     acc = acc_dtype(dy)
-    rows = as_rows(dy)
-    scale = current_scale(dy, grad_dtype) if dy_scale is None else dy_scale.float().reshape(())
-    dy8, dy_amax = quantize(rows, scale, grad_dtype)
-    wide, dy_inverse = dy8.to(acc), scale.reciprocal().to(acc)
     dx = dw = db = dy.new_empty((0,))
     if x_dtype is not None:
-        dx = (wide @ w8_t.view(E4M3).to(acc).t() * dy_inverse * inverse[1].to(acc)).to(x_dtype)
+        wide = as_rows(dy8.view(grad_dtype)).to(acc) @ w8_t.view(E4M3).to(acc).t()
+        dx = (wide * dy_inverse.to(acc) * w_inverse.to(acc)).to(x_dtype)
         dx = dx.reshape(*dy.shape[:-1], w8_t.shape[0])
     if w_dtype is not None:
-        dw = (wide.t() @ x8_t.view(E4M3).to(acc).t() * dy_inverse * inverse[0].to(acc)).to(w_dtype)
+        wide = dy8_t.view(grad_dtype).to(acc) @ x8_t.view(E4M3).to(acc).t()
+        dw = (wide * dy_inverse.to(acc) * x_inverse.to(acc)).to(w_dtype)
     if bias_dtype is not None:
-        db = rows.to(acc).sum(0).to(bias_dtype)
-    return dx, dw, db, dy_amax
+        db = as_rows(dy).to(acc).sum(0).to(bias_dtype)
+    return dx, dw, db
