@@ -10,7 +10,10 @@ from nemokernels.models.families import read_config
 from nemokernels.models.fields import ConfigError
 from nemokernels.models.files import CheckpointError
 from nemokernels.models.generation import Generation, generate
+from nemokernels.models.gpt import GPT
+from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.linear import exact
+from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.names import TensorSpec
 from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.quantization import Quantization
@@ -19,12 +22,15 @@ from nemokernels.models.state import State
 from nemokernels.models.variants import Variant, find_variant, list_variants
 
 __all__ = [
+    "GPT",
     "CausalLM",
     "CheckpointError",
     "ConfigError",
     "Decoder",
     "DecoderConfig",
+    "GPTConfig",
     "Generation",
+    "Mamba2Config",
     "NemotronH",
     "NemotronHConfig",
     "Quantization",

@@ -9,12 +9,20 @@ from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder import Decoder
 from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.families import Config
+from nemokernels.models.gpt import GPT
+from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.variants import find_config
 
 __all__ = ["build"]
 
-MODELS: dict[type[Config], type[CausalLM]] = {NemotronHConfig: NemotronH, DecoderConfig: Decoder}
+MODELS: dict[type[Config], type[CausalLM]] = {
+    NemotronHConfig: NemotronH,
+    Mamba2Config: NemotronH,
+    DecoderConfig: Decoder,
+    GPTConfig: GPT,
+}
 
 
 def build(

@@ -73,9 +73,9 @@ def from_pretrained(
 
     Accepts ``model.safetensors`` or shards with ``model.safetensors.index.json``; for
     ``nemotron_h`` the prefixes ``backbone.`` (published) and ``model.`` (transformers 5 in memory,
-    experts stacked or not); every prefix also under ``language_model.``; bfloat16, float16, float32
-    or float64; and ModelOpt's FP8 and NVFP4, which are dequantised (``model.quantization`` keeps
-    the rest of what they say).
+    experts stacked or not); for ``bloom`` also no prefix; every prefix also under
+    ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8 and NVFP4, which
+    are dequantised (``model.quantization`` keeps the rest of what they say).
 
     Args:
         folder: the checkpoint.
@@ -124,6 +124,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # of everything that is neither quantised nor kept in float32
     shapes: dict[str, tuple[int, ...]]  # parameter -> shape
     sources: list[Source]
+    trunk: str  # how its names begin in the file
     tensors: dict[str, StoredTensor]  # canonical name -> stored tensor
     quantization: Quantization | None
 
@@ -170,8 +171,9 @@ def _module(layout: Layout, name: str) -> str:
 
 def _canonical(
     layout: Layout, stored: dict[str, StoredTensor], problems: Problems
-) -> dict[str, StoredTensor]:
-    """The stored tensors under the published names; what has no such name is a problem."""
+) -> tuple[str, dict[str, StoredTensor]]:
+    """The stored trunk's prefix, and the tensors under the published names; what has no such name
+    is a problem."""
     both = [(wrapper, trunk) for wrapper in WRAPPERS for trunk in layout.trunks]
     fitting = [pair for pair in both if "".join(pair) + layout.embeddings in stored]
     if len(fitting) > 1:
@@ -190,7 +192,7 @@ def _canonical(
             tensors[bare] = tensor
         else:
             problems.add(f"{name}: unexpected (in {tensor.file})")
-    return tensors
+    return trunk, tensors
 
 
 def _plan(
@@ -199,7 +201,7 @@ def _plan(
     stored: dict[str, StoredTensor],
     problems: Problems,
 ) -> Plan:
-    tensors = _canonical(names.layout(config), stored, problems)
+    trunk, tensors = _canonical(names.layout(config), stored, problems)
     shapes: dict[str, tuple[int, ...]] = {}
     wanted: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
     listed = list(names.tensor_shapes(config))
@@ -239,7 +241,7 @@ def _plan(
         what = "a scale without its quantised layer" if is_scale(name) else "unexpected"
         problems.add(f"{tensors[name].name}: {what} (in {tensors[name].file})")
     quantization = None if scheme is None else Quantization(layers)
-    return Plan(dtype, shapes, sources, tensors, quantization)
+    return Plan(dtype, shapes, sources, trunk, tensors, quantization)
 
 
 def _model_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
@@ -282,6 +284,7 @@ def _fill(
         differ = sorted(set(shapes.items()) ^ set(plan.shapes.items()))
         raise RuntimeError(f"the model and its list of tensor names disagree: {differ[:10]}")
     model.quantization, model.file_dtypes = plan.quantization, {}
+    model.file_trunk = plan.trunk
     filled: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for source in plan.sources:

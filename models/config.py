@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from nemokernels.models.activations import ACTIVATIONS
 from nemokernels.models.blocks import (
     BLOCKS,
     MTP_BLOCKS,
@@ -56,7 +57,6 @@ _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
     "mamba_proj_bias": False,
-    "mlp_hidden_act": "relu2",
     "mamba_hidden_act": "silu",
     "residual_in_fp32": False,
     "sliding_window": None,
@@ -87,6 +87,7 @@ class NemotronHConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    mlp_hidden_act: str = "relu2"
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
     ssm_state_size: int | None = None
@@ -117,6 +118,8 @@ class NemotronHConfig:
     mtp_block_configs: tuple[Mapping[str, object], ...] | None = field(default=None, hash=False)
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
 
+    use_bias = residual_in_fp32 = tie_word_embeddings = False
+
     def __post_init__(self) -> None:
         limits = tuple(math.inf if v > _FLOAT32_MAX else v for v in _limits(self.time_step_limit))
         object.__setattr__(self, "time_step_limit", limits)
@@ -126,6 +129,10 @@ class NemotronHConfig:
         _check(self)
         check_blocks(self)
         assert self.layers  # made once here, so that a layer's mistake is found here
+
+    @property
+    def model_type(self) -> str:
+        return "nemotron_h" if self.block_configs is None else "nemotron_h_puzzle"
 
     @cached_property
     def layers(self) -> tuple[NemotronHConfig, ...]:
@@ -219,10 +226,10 @@ class NemotronHConfig:
         for name in (BLOCKS, MTP_BLOCKS):
             if name in own:
                 own[name] = [dict(entry) for entry in own[name]]
-        puzzle = self.block_configs is not None
+        puzzle = "" if self.block_configs is None else "Puzzle"
         return {
-            "architectures": [f"NemotronH{'Puzzle' if puzzle else ''}ForCausalLM"],
-            "model_type": "nemotron_h_puzzle" if puzzle else "nemotron_h",
+            "architectures": [f"NemotronH{puzzle}ForCausalLM"],
+            "model_type": self.model_type,
             **self.extra,
             "num_hidden_layers": len(self.pattern),
             **own,
@@ -324,6 +331,13 @@ def _check(config: NemotronHConfig) -> None:
             )
     if "*" in used:
         check_divides(config, "num_attention_heads", "num_key_value_heads")
+    if config.mlp_hidden_act not in ACTIVATIONS:
+        raise ConfigError(
+            f"`mlp_hidden_act` is {show(config.mlp_hidden_act)}, expected one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    if "E" in used:
+        check_fixed({"mlp_hidden_act": config.mlp_hidden_act}, {"mlp_hidden_act": "relu2"})
     if "E" in used and config.block_configs is None:
         check_divides(config, "n_routed_experts", "n_group")
         if config.topk_group > config.n_group:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemokernels.models import decoder_config
+from nemokernels.models import decoder_config, gpt_config
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.fields import ConfigError, check_object, read_file, show
+from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.mamba2_config import Mamba2Config
 
 __all__ = ["CONFIGS", "Config", "parse_config", "read_config"]
 
-Config = NemotronHConfig | DecoderConfig
+Config = NemotronHConfig | DecoderConfig | GPTConfig
 CONFIGS: dict[str, type[Config]] = {
     "nemotron_h": NemotronHConfig,
     "nemotron_h_puzzle": NemotronHConfig,
+    "mamba2": Mamba2Config,
     **dict.fromkeys(decoder_config.FAMILIES, DecoderConfig),
+    **dict.fromkeys(gpt_config.FAMILIES, GPTConfig),
 }
 
 

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import nn
 
-from nemokernels.models.norms import LayerNorm1P
+from nemokernels.models.norms import LayerNorm, RMSNorm
 
 __all__ = ["reset_parameters"]
+
+_INTO_RESIDUAL = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj", "dense", "dense_4h_to_h")
 
 
 @torch.no_grad()
@@ -19,30 +21,30 @@ def reset_parameters(model: nn.Module) -> None:
     Linear layers, experts, routers and embeddings: normal(0, initializer_range). Weights that write
     into the residual stream are divided by the square root of the number of layers (the scheme of
     GPT-2) if the config's ``rescale_prenorm_residual`` says so; an MTP block counts its own layers.
-    LayerNorms, whose weights are stored minus one, are zero.
     Mamba: A uniform in [1, 16], step sizes log-uniform in [time_step_min, time_step_max] and not
-    below time_step_floor, D one. Norms are one, buffers zero.
+    below time_step_floor, D one. Norms multiply by one; biases and buffers are zero.
     """
     c, std = model.config, model.config.initializer_range
-    centred = {
-        f"{path}.{leaf}"
+    unit = {  # what a norm stores to multiply by one
+        f"{path}.weight": 1 - getattr(module, "offset", 0)
         for path, module in model.named_modules()
-        if isinstance(module, LayerNorm1P)
-        for leaf in ("weight", "bias")
+        if isinstance(module, (RMSNorm, LayerNorm))
     }
     for name, parameter in model.named_parameters():
         layers = len(c.mtp_pattern) if name.startswith("mtp.") else c.depth
         leaf = name.removesuffix(".weight").rpartition(".")[2]
-        if name in centred:
-            nn.init.zeros_(parameter)
-        elif leaf in ("out_proj", "o_proj", "down_proj", "fc2_latent_proj"):
+        if name in unit:
+            nn.init.constant_(parameter, unit[name])
+        elif leaf == "D":
+            nn.init.ones_(parameter)
+        elif leaf in _INTO_RESIDUAL:
             scale = math.sqrt(layers) if c.rescale_prenorm_residual else 1.0
             nn.init.normal_(parameter, std=std / scale)
-        elif "norm" in leaf or leaf == "D":
-            nn.init.ones_(parameter)
         elif "conv1d" in name:
             bound = c.conv_kernel**-0.5
             nn.init.uniform_(parameter, -bound, bound)
+        elif leaf == "bias":
+            nn.init.zeros_(parameter)
         elif leaf == "A_log":
             nn.init.uniform_(parameter, 1, 16).log_()
         elif leaf == "dt_bias":

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import nn
 
-from nemokernels import moe_experts, moe_route, relu2, rmsnorm_fn
+from nemokernels import moe_experts, moe_route, rmsnorm_fn
+from nemokernels.models.activations import ACTIVATIONS
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.linear import Linear, linear, row_by_row
 from nemokernels.models.norms import RMSNorm
@@ -53,13 +54,14 @@ class Mamba2(Wide):
         self.config, self.index = config, index
         inner, heads = config.d_inner, config.mamba_num_heads
         wide = {**kwargs, "dtype": _wide(kwargs["dtype"])}
-        self.in_proj = Linear(config.hidden_size, inner + config.conv_dim + heads, **kwargs)
+        rows, bias = inner + config.conv_dim + heads, config.use_bias
+        self.in_proj = Linear(config.hidden_size, rows, bias=bias, **kwargs)
         self.conv1d = Conv1d(config.conv_dim, config.conv_kernel, config.use_conv_bias, **kwargs)
         self.A_log = nn.Parameter(torch.empty(heads, **wide))
         self.D = nn.Parameter(torch.empty(heads, **wide))
         self.dt_bias = nn.Parameter(torch.empty(heads, **wide))
         self.norm = RMSNorm(inner, config.layer_norm_epsilon, **kwargs)
-        self.out_proj = Linear(inner, config.hidden_size, **kwargs)
+        self.out_proj = Linear(inner, config.hidden_size, bias=bias, **kwargs)
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         c = self.config
@@ -103,13 +105,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, inner: int, **kwargs):
+    def __init__(self, width: int, inner: int, act: str = "relu2", **kwargs):
         super().__init__()
+        self.act = ACTIVATIONS[act]
         self.up_proj = Linear(width, inner, **kwargs)
         self.down_proj = Linear(inner, width, **kwargs)
 
     def forward(self, x: torch.Tensor, run: Run | None = None) -> torch.Tensor:
-        return self.down_proj(relu2(self.up_proj(x)))
+        return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class Router(Wide):

@@ -14,6 +14,8 @@ import torch
 
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
+from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.mamba2_config import Mamba2Config
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -31,7 +33,7 @@ class Layout(NamedTuple):
 
     trunk: str
     embeddings: str  # below the trunk
-    trunks: tuple[str, ...]  # that are read; the first is the published one
+    trunks: tuple[str, ...]  # that are read; the first is the published one, "" stays as it is
     beside: tuple[str, ...]  # the trunk
 
 
@@ -39,6 +41,7 @@ _NEMOTRON_H = Layout(
     "backbone.", "embeddings.weight", ("backbone.", "model."), ("lm_head.", "mtp.")
 )
 _DECODER = Layout("model.", "embed_tokens.weight", ("model.",), ("lm_head.",))
+_GPT = Layout("transformer.", "word_embeddings.weight", ("transformer.", ""), ())
 
 
 class TensorSpec(NamedTuple):
@@ -112,6 +115,32 @@ def _decoder_shapes(config: DecoderConfig) -> Shapes:
         yield "lm_head.weight", (V, H)
 
 
+def _gpt_shapes(config: GPTConfig) -> Shapes:
+    H, inner = config.hidden_size, config.intermediate_size
+
+    def norm(name: str) -> Shapes:
+        yield f"transformer.{name}.weight", (H,)
+        yield f"transformer.{name}.bias", (H,)
+
+    def linear(name: str, outputs: int, inputs: int) -> Shapes:
+        yield f"transformer.{name}.weight", (outputs, inputs)
+        yield f"transformer.{name}.bias", (outputs,)
+
+    yield "transformer.word_embeddings.weight", (config.vocab_size, H)
+    if config.family.alibi:
+        yield from norm("word_embeddings_layernorm")
+    else:
+        yield "transformer.position_embeddings.weight", (config.max_position_embeddings, H)
+    for index in range(config.n_layer):
+        yield from norm(f"h.{index}.input_layernorm")
+        yield from linear(f"h.{index}.self_attention.query_key_value", 3 * H, H)
+        yield from linear(f"h.{index}.self_attention.dense", H, H)
+        yield from norm(f"h.{index}.post_attention_layernorm")
+        yield from linear(f"h.{index}.mlp.dense_h_to_4h", inner, H)
+        yield from linear(f"h.{index}.mlp.dense_4h_to_h", H, inner)
+    yield from norm("ln_f")
+
+
 def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
     H, V = config.hidden_size, config.vocab_size
     yield "backbone.embeddings.weight", (V, H)
@@ -119,7 +148,8 @@ def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
         yield f"backbone.layers.{index}.norm.weight", (H,)
         yield from _mixer(config.layers[index], letter, f"backbone.layers.{index}.mixer")
     yield "backbone.norm_f.weight", (H,)
-    yield "lm_head.weight", (V, H)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (V, H)
     last = len(config.mtp_pattern) - 1
     for index, letter in enumerate(config.mtp_pattern):
         prefix = f"mtp.layers.{index}"
@@ -140,12 +170,17 @@ def _mixer(config: NemotronHConfig, letter: str, prefix: str) -> Shapes:
         heads = config.mamba_num_heads
         inner, channels = config.d_inner, config.conv_dim
         yield f"{prefix}.in_proj.weight", (inner + channels + heads, H)
+        if config.use_bias:
+            yield f"{prefix}.in_proj.bias", (inner + channels + heads,)
         yield f"{prefix}.conv1d.weight", (channels, 1, config.conv_kernel)
-        yield f"{prefix}.conv1d.bias", (channels,)
+        if config.use_conv_bias:
+            yield f"{prefix}.conv1d.bias", (channels,)
         for leaf in ("A_log", "D", "dt_bias"):
             yield f"{prefix}.{leaf}", (heads,)
         yield f"{prefix}.norm.weight", (inner,)
         yield f"{prefix}.out_proj.weight", (H, inner)
+        if config.use_bias:
+            yield f"{prefix}.out_proj.bias", (H,)
     elif letter == "*":
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
@@ -173,5 +208,7 @@ def _mlp(prefix: str, width: int, inner: int) -> Shapes:
 
 _FAMILIES = {
     NemotronHConfig: (_NEMOTRON_H, _hybrid_shapes),
+    Mamba2Config: (_NEMOTRON_H, _hybrid_shapes),
     DecoderConfig: (_DECODER, _decoder_shapes),
+    GPTConfig: (_GPT, _gpt_shapes),
 }

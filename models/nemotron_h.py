@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from nemokernels._checks import check, check_tensor
+from nemokernels._registry import acc_dtype
 from nemokernels.models.causal_lm import INTEGERS, CausalLM
 from nemokernels.models.config import NemotronHConfig
-from nemokernels.models.linear import Linear
+from nemokernels.models.linear import Linear, TiedHead
 from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE
 from nemokernels.models.norms import RMSNorm, normed_sum
 from nemokernels.models.runs import Run
@@ -37,7 +38,8 @@ class Layer(nn.Module):
         elif letter == "E":
             self.mixer = MoE(config, **kwargs)
         else:
-            self.mixer = MLP(config.hidden_size, config.intermediate_size, **kwargs)
+            act = config.mlp_hidden_act
+            self.mixer = MLP(config.hidden_size, config.intermediate_size, act, **kwargs)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, run: Run):
         normed, residual = normed_sum(self.norm, x, residual)
@@ -47,6 +49,7 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, config: NemotronHConfig, **kwargs):
         super().__init__()
+        self.wide = config.residual_in_fp32
         empty = torch.empty(config.vocab_size, config.hidden_size, **kwargs)
         self.embeddings = nn.Embedding(*empty.shape, _weight=empty)
         self.layers = nn.ModuleList(
@@ -59,6 +62,8 @@ class Backbone(nn.Module):
         x, residual = self.embeddings(tokens), None
         for layer in self.layers:
             x, residual = layer(x, residual, run)
+            if self.wide:
+                residual = residual.to(acc_dtype(residual))
         return self.norm_f(x, residual)[0]
 
 
@@ -90,7 +95,7 @@ class MTP(nn.Module):
 
 
 class NemotronH(CausalLM):
-    """A Nemotron-H language model.
+    """A Nemotron-H or a plain Mamba-2 language model.
 
     Args:
         config: its sizes.
@@ -110,7 +115,10 @@ class NemotronH(CausalLM):
         kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config = config
         self.backbone = Backbone(config, **kwargs)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
+        if config.tie_word_embeddings:
+            self.lm_head = TiedHead(self.backbone.embeddings)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
         self.mtp = MTP(config, **kwargs) if config.mtp_pattern else None
 
     @property

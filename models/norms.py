@@ -9,7 +9,7 @@ from torch import nn
 from nemokernels import rms_norm
 from nemokernels._registry import acc_dtype
 
-__all__ = ["LayerNorm1P", "RMSNorm", "normed_sum"]
+__all__ = ["LayerNorm", "LayerNorm1P", "RMSNorm", "normed_sum"]
 
 
 class RMSNorm(nn.Module):
@@ -22,12 +22,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, residual=residual, eps=self.eps)
 
 
-class LayerNorm1P(nn.Module):
-    """LayerNorm with bias whose weight is stored minus one: ``(x - mean) / std * (1 + w) + b``.
+class LayerNorm(nn.Module):
+    """``(x - mean) / std * w + b``, in float32 (float64 for float64 input), one cast at the end."""
 
-    In float32 (float64 for float64 input) with one cast at the end: 1 + w would lose most of a
-    16-bit w.
-    """
+    offset = 0.0  # what is added to the stored weight
 
     def __init__(self, size: int, eps: float, **kwargs):
         super().__init__()
@@ -38,9 +36,15 @@ class LayerNorm1P(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
         total = x if residual is None else (x + residual).to(residual.dtype)
         wide, size = acc_dtype(x), self.weight.shape
-        weight, bias = 1 + self.weight.to(wide), self.bias.to(wide)
+        weight, bias = self.offset + self.weight.to(wide), self.bias.to(wide)
         y = F.layer_norm(total.to(wide), size, weight, bias, self.eps).to(x.dtype)
         return y if residual is None else (y, total)
+
+
+class LayerNorm1P(LayerNorm):
+    """LayerNorm whose weight is stored minus one; in 16 bits, 1 + w would lose most of w."""
+
+    offset = 1.0
 
 
 def normed_sum(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None):

@@ -42,8 +42,8 @@ class Run(Protocol):
     def scan(self, layer, x, dt, A, B, C, *, D, dt_bias) -> torch.Tensor:
         """Mamba-2 scan of x (B, T, heads, head_dim)."""
 
-    def attend(self, layer, q, k, v) -> torch.Tensor:
-        """Causal attention of q (B, T, heads, head_dim)."""
+    def attend(self, layer, q, k, v, **bias) -> torch.Tensor:
+        """Causal attention of q (B, T, heads, head_dim); ``bias`` as ``attention`` takes it."""
 
     def positions(self, tokens) -> torch.Tensor:
         """Of every token (B, T) in its sequence: int64, (B, T) or (1, T)."""
@@ -70,8 +70,8 @@ class Packed:
             dt_limit=self.config.time_step_limit, cu_seqlens=self.cu_seqlens,
         )  # fmt: skip
 
-    def attend(self, layer, q, k, v):
-        return attention(q, k, v, cu_seqlens=self.cu_seqlens)
+    def attend(self, layer, q, k, v, **bias):
+        return attention(q, k, v, cu_seqlens=self.cu_seqlens, **bias)
 
     def positions(self, tokens):
         index = torch.arange(tokens.shape[1], device=tokens.device)
@@ -161,19 +161,19 @@ class Prefill:
         cache[self.places, 0] = final[self.sequences].to(cache.dtype)
         return y.view(shape)
 
-    def attend(self, layer, q, k, v):
+    def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]
         shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))
         out = torch.zeros_like(q)
         if not any(self.starts):
-            out = attention(q[None], k[None], v[None], cu_seqlens=self.cu_seqlens)[0]
+            out = attention(q[None], k[None], v[None], cu_seqlens=self.cu_seqlens, **bias)[0]
         for i, slot in self.live:
             new, start = slice(self.bounds[i], self.bounds[i + 1]), self.starts[i]
             end = start + new.stop - new.start
             keys[slot, start:end], values[slot, start:end] = k[new], v[new]
             if any(self.starts):
                 past = (cache[slot, :end].to(q.dtype)[None] for cache in (keys, values))
-                out[new] = attention(q[new][None], *past)[0]
+                out[new] = attention(q[new][None], *past, **bias)[0]
         return out.view(shape)
 
     def positions(self, tokens):
@@ -270,9 +270,9 @@ class Decode:
             )
         return torch.stack(out, 1)
 
-    def attend(self, layer, q, k, v):
+    def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]
-        return attention_with_cache(q, k, v, keys, values, self.lengths, slots=self.slots)
+        return attention_with_cache(q, k, v, keys, values, self.lengths, slots=self.slots, **bias)
 
     def positions(self, tokens):
         return self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

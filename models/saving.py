@@ -25,7 +25,8 @@ def save_pretrained(
 
     A tensor that still has the dtype it was loaded in is written in its file's dtype, so that
     loading and saving reproduces every byte; all others are written in the embeddings' dtype,
-    correction biases in float32. A model from a quantised checkpoint is written dequantised.
+    correction biases in float32. A model from a quantised checkpoint is written dequantised, one
+    from names without their prefix without it.
     Everything is written beside ``folder``, flushed to the disk and renamed at once: a folder that
     exists is complete.
 
@@ -111,6 +112,8 @@ def _outputs(model: CausalLM) -> list[Output]:
             raise RuntimeError(f"{target}: the model holds {tuple(value.shape)}, expected {shape}")
         in_memory, in_file = loaded.get(target, (None, None))
         dtype = in_file if value.dtype == in_memory else names.published_dtype(name, default)
+        if getattr(model, "file_trunk", layout.trunk) == "":
+            name = name.removeprefix(layout.trunk)
         outputs.append(Output(name, value, dtype))
     return outputs
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-import decoders
+import families
 import tiny
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ def model(family):
     if family == "nemotron_h":
         return tiny.model(dtype=torch.float32)
     changes = dict(vocab_size=320, tie_word_embeddings=True)
-    return decoders.model(family, dtype=torch.float32, **changes)
+    return families.model(family, dtype=torch.float32, **changes)
 
 
 def main(out, mode, family):

@@ -41,7 +41,7 @@ def redraw(named):
                 value = noise * 0.5 + 0.5
             elif leaf == "dt_bias":
                 value = noise - 1
-            elif "norm" in leaf or leaf == "D":
+            elif "norm" in leaf or leaf in ("D", "ln_f"):
                 value = noise * 0.3 + 1
             elif leaf == "e_score_correction_bias":
                 value = noise * 0.1
@@ -81,8 +81,9 @@ def cached_difference(peer, model, tokens, prefill):
     with torch.no_grad():
         out = peer(tokens[:, :prefill], use_cache=True)
         theirs, ours = [out.logits], [model(tokens[:, :prefill], state=state)]
+        cache = "past_key_values" if "past_key_values" in out else "cache_params"
         for step in tokens[:, prefill:].split(1, 1):
-            out = peer(step, use_cache=True, past_key_values=out.past_key_values)
+            out = peer(step, use_cache=True, **{cache: out[cache]})
             theirs.append(out.logits)
             ours.append(model(step, state=state, decode=True))
             state.accept()

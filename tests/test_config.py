@@ -167,7 +167,9 @@ def test_sizes_of_absent_layer_kinds_may_be_missing():
         (dict(model_type="llama"), "`model_type` is 'llama'; nemotron_h has no `block"),
         (dict(tie_word_embeddings=True), "`tie_word_embeddings` is True; only False is supported"),
         (dict(mlp_bias=True), "`mlp_bias` is True"),
-        (dict(mlp_hidden_act="silu"), "`mlp_hidden_act` is 'silu'; only 'relu2'"),
+        (dict(mlp_hidden_act="silu"), "`mlp_hidden_act` is 'silu', expected one of relu2, gelu"),
+        (dict(mlp_hidden_act="gelu"), "`mlp_hidden_act` is 'gelu'; only 'relu2'"),
+        (dict(mlp_hidden_act=["gelu"]), "`mlp_hidden_act` must be of type str"),
         (dict(n_shared_experts=2), "`n_shared_experts` is 2; only 1 is supported"),
     ],
 )  # fmt: skip

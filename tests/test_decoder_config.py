@@ -1,9 +1,9 @@
 import dataclasses
 import json
 
-import decoders
+import families
 import pytest
-from decoders import SCALING, block, config
+from families import SCALING, block, config
 from transformers import LlamaConfig, MistralConfig
 from transformers import NemotronConfig as HFNemotronConfig
 
@@ -100,7 +100,7 @@ def test_spellings(family, spelling, want):
     assert {name: getattr(got, name) for name in want} == want
 
 
-@pytest.mark.parametrize("family", decoders.FAMILIES)
+@pytest.mark.parametrize("family", families.DECODERS)
 def test_unknown_fields_survive(family, tmp_path):
     extra = {"bos_token_id": None, "eos_token_id": [1, 2], "nested": {"a": [1]}}
     got = config(family, **extra)
@@ -131,13 +131,11 @@ def test_transformers_reads_what_is_written_and_back(family, peer, tmp_path):
 
 
 def test_the_model_type_chooses():
-    assert type(parse_config(decoders.FIELDS["mistral"])) is DecoderConfig
+    assert type(parse_config(families.FIELDS["mistral"])) is DecoderConfig
     fields = dict(vocab_size=8, hidden_size=8, intermediate_size=8, hybrid_override_pattern="-")
     assert type(parse_config(fields)) is NemotronHConfig
     for wrong in ("gpt2", None, ["llama"], 3):
-        with pytest.raises(
-            ConfigError, match="`model_type` is .*expected one of nemotron_h, llama"
-        ):
+        with pytest.raises(ConfigError, match="`model_type` is .*expected one of nemotron_h, "):
             parse_config({**fields, "model_type": wrong})
     with pytest.raises(ConfigError, match="config must be a JSON object, got list"):
         parse_config([])
@@ -193,7 +191,7 @@ NAS, LLAMA = "nemotron-nas", "llama"
         (LLAMA, dict(rope_scaling={**SCALING, "low_freq_factor": 4.0}), "must be below"),
         (LLAMA, dict(rope_scaling={**SCALING, "type": "default"}), "`type` is 'default' but `rope"),
         (LLAMA, dict(rope_parameters={"rope_theta": 5.0}), "`rope_theta` is 100.0 and 5.0"),
-        (LLAMA, dict(block_configs=decoders.BLOCKS), "`block_configs` is what nemotron-nas"),
+        (LLAMA, dict(block_configs=families.BLOCKS), "`block_configs` is what nemotron-nas"),
         (NAS, dict(block_configs=...), "`block_configs` is what nemotron-nas"),
         (NAS, dict(block_configs={"a": 1}), "`block_configs` must be a list"),
         (NAS, dict(num_hidden_layers=4), "`num_hidden_layers` is 4 but `block_configs` has 5"),

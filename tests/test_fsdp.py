@@ -50,13 +50,12 @@ def test_every_gradient_equals_the_single_process(world2, tmp_path):
         assert got[name].abs().max() > 0, name
 
 
-def test_decoder_with_empty_layers_and_a_tied_head(tmp_path):
+@pytest.mark.parametrize("family", ["nemotron-nas", "bloom"])
+def test_other_families_with_a_tied_head(family, tmp_path):
     """Gradients, and the model that the ranks export: one weight for embeddings and head."""
-    torchrun(2, tmp_path, "train", "nemotron-nas")
+    torchrun(2, tmp_path, "train", family)
     got = load_file(tmp_path / "grads.safetensors")
-    exact, plain = (
-        single(dtype, tmp_path, "nemotron-nas") for dtype in (torch.float64, torch.float32)
-    )
+    exact, plain = (single(dtype, tmp_path, family) for dtype in (torch.float64, torch.float32))
     assert got.keys() == exact.keys()
     for name in exact:
         testing.assert_matches(got[name], exact[name], plain[name], name)

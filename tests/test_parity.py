@@ -11,6 +11,8 @@ VARIANTS = {
     "attention": dict(pattern="*-*"),
     "mamba": dict(pattern="M*M"),
     "mamba mlp": dict(pattern="M-M*-"),
+    "gelu": dict(pattern="M--*-", mlp_hidden_act="gelu"),
+    "tanh gelu": dict(pattern="M-*-", mlp_hidden_act="gelu_pytorch_tanh"),
     "experts": dict(pattern="*EE"),
     "latent experts": dict(pattern="ME*ME", moe_latent_size=16),
     "grouped experts": dict(pattern="M*E", n_group=4, topk_group=2, norm_topk_prob=False),

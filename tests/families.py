@@ -1,4 +1,4 @@
-"""Small decoders of every family with rotary embeddings, with every tensor drawn at random."""
+"""Small models of every family but nemotron_h, with every tensor drawn at random."""
 
 import hybrids
 import torch
@@ -24,6 +24,9 @@ def block(kv_group=None, ffn=None):
     }
 
 
+# Six heads: the slopes of the last two are not those of a power of two.
+GPT = dict(vocab_size=96, hidden_size=48, n_layer=3, n_head=6, layer_norm_epsilon=1e-3)
+
 # 2 * mult * 32 / 3 rounded up: 256 from 0.5, 12.0 and 12.01 straddle it.
 BLOCKS = [block(2, 0.5), block(None, 12.0), block(None, None), block(1, None), block(4, 12.01)]
 FIELDS = {
@@ -32,8 +35,14 @@ FIELDS = {
     "nemotron": dict(UNIFORM, model_type="nemotron", head_dim=16, norm_eps=1e-3),
     "nemotron-nas": dict(SIZES, model_type="nemotron-nas", num_hidden_layers=5,
                          block_configs=BLOCKS, rope_scaling=SCALING, rms_norm_eps=1e-3),
+    "bloom": dict(GPT, model_type="bloom"),
+    "mt-nlg": dict(GPT, model_type="mt-nlg", hidden_act="gelu", max_position_embeddings=64),
+    "mamba2": dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16,
+                   state_size=16, n_groups=2, chunk_size=8, layer_norm_epsilon=1e-3,
+                   initializer_range=0.02, model_type="mamba2"),
 }  # fmt: skip
 FAMILIES = list(FIELDS)
+DECODERS = ["llama", "mistral", "nemotron", "nemotron-nas"]
 
 
 def config(family, **changes):
@@ -41,19 +50,18 @@ def config(family, **changes):
     return parse_config({key: value for key, value in fields.items() if value is not ...})
 
 
-def redraw(named):
-    """New random values; those of a LayerNorm, whose weight is stored minus one, around zero."""
-    named = list(named)
+def redraw(family, named):
+    """New random values; nemotron's norms, whose weights are stored minus one, around zero."""
+    named = sorted(named)
     hybrids.redraw(named)
     with torch.no_grad():
-        names = {name for name, _ in named}
-        for name, tensor in named:
-            if name.endswith("norm.weight") and name.removesuffix("weight") + "bias" in names:
+        for name, tensor in named if family == "nemotron" else ():
+            if name.endswith("norm.weight"):
                 tensor.sub_(1)
 
 
 def model(family, seed=0, dtype=None, **changes):
     torch.manual_seed(seed)
     made = build(config(family, **changes), dtype=dtype)
-    redraw(sorted(made.state_dict().items()))
+    redraw(family, made.state_dict().items())
     return made.eval()
