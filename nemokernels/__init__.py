@@ -40,6 +40,7 @@ from nemokernels.ops.nvfp4 import (
 )
 from nemokernels.ops.relu2 import relu2
 from nemokernels.ops.rms_norm import rms_norm
+from nemokernels.ops.selective_scan import selective_scan_fn
 from nemokernels.ops.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from nemokernels.ops.state_update import selective_state_update
 from nemokernels.patch import patch_transformers
@@ -85,6 +86,7 @@ __all__ = [
     "relu2",
     "rms_norm",
     "rmsnorm_fn",
+    "selective_scan_fn",
     "selective_state_update",
     "swizzle_scales",
     "unpack_e2m1",

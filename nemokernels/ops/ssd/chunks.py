@@ -42,17 +42,19 @@ def cut(
     seq_idx: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     device: torch.device,
+    where: str = "mamba_chunk_scan_combined",
 ) -> Chunks:
     """Cut B rows of T tokens, or with ``cu_seqlens`` the pieces of one row.
 
     Padding (negative ``seq_idx``) is not valid, and takes the id of the last token before it, so
-    that states pass through it. Ids before a row's first token are 0.
+    that states pass through it. Ids before a row's first token are 0. Messages begin with
+    ``where``.
     """
     if cu_seqlens is None:
         bounds = torch.arange(batch + 1, device=device) * length
     else:
         bounds = cu_seqlens.long()
-        _check_bounds(bounds, length)
+        _check_bounds(where, bounds, length)
     count = (bounds.diff() + chunk_size - 1) // chunk_size
     first = count.cumsum(0) - count
     owner = torch.repeat_interleave(torch.arange(len(count), device=device), count)
@@ -92,6 +94,20 @@ def carry(
     return met, state
 
 
+def packed_places(
+    cu_seqlens: torch.Tensor, length: int, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """For kernels: bounds (S+1), first chunk and chunk count of each sequence (S), most chunks.
+
+    Taken without waiting for the device. Whatever the values of ``cu_seqlens``, the bounds stay
+    inside the row.
+    """
+    bounds = cu_seqlens.clamp(0, length).cummax(0).values.int()
+    count = (bounds.diff() + chunk_size - 1) // chunk_size
+    first = (count.cumsum(0) - count).int()
+    return bounds, first, count, (length + len(count) * (chunk_size - 1)) // chunk_size
+
+
 def fill_forward(seq_idx: torch.Tensor) -> torch.Tensor:
     if seq_idx.numel() == 0:
         return seq_idx
@@ -100,10 +116,10 @@ def fill_forward(seq_idx: torch.Tensor) -> torch.Tensor:
     return torch.where(last >= 0, seq_idx.gather(1, last.clamp_min(0)), 0)
 
 
-def _check_bounds(bounds: torch.Tensor, length: int) -> None:
+def _check_bounds(where: str, bounds: torch.Tensor, length: int) -> None:
     values = bounds.tolist()
     if values[0] != 0 or values[-1] > length or values != sorted(values):
         raise ValueError(
-            f"mamba_chunk_scan_combined: `cu_seqlens` is {values}, expected to start at 0, not to "
+            f"{where}: `cu_seqlens` is {values}, expected to start at 0, not to "
             f"decrease, and to end at {length} tokens at most"
         )

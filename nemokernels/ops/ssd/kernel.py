@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nemokernels._triton import Specialisation, cdiv, next_power_of_2
 from nemokernels.ops.ssd import kernel_backward as backward_kernels
 from nemokernels.ops.ssd import kernel_forward as forward_kernels
-from nemokernels.ops.ssd.chunks import fill_forward
+from nemokernels.ops.ssd.chunks import fill_forward, packed_places
 
 HEADS_PER_PROGRAM = 16  # of the kernels over steps
 SEGMENT_BLOCK = 1024
@@ -73,12 +73,8 @@ def layout(x, B, seq_idx, cu_seqlens, *, chunk: int, block_p: int, tma: bool) ->
     sequences, total = batch, batch * nc
     if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1
-        total = (tokens + sequences * (chunk - 1)) // chunk
-        # Whatever the values, the kernels stay inside the tensors.
-        bounds = cu_seqlens.clamp(0, tokens).cummax(0).values.int()
-        count = (bounds.diff() + chunk - 1) // chunk
+        bounds, first, count, total = packed_places(cu_seqlens, tokens, chunk)
         ends = count.cumsum(0)
-        first = (ends - count).int()
         owner = torch.searchsorted(ends, torch.arange(total, device=x.device), right=True).int()
     elif seq_idx is not None:
         ids = fill_forward(seq_idx).contiguous()

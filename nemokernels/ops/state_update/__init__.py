@@ -1,4 +1,4 @@
-"""One or a few decode steps of the Mamba-2 recurrence against a cache of states."""
+"""One or a few decode steps of the Mamba recurrences against a cache of states."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def selective_state_update(
         philox_rounds: rounds of the generator, at least 1.
 
     Axes that are expanded with stride zero are taken as size 1, so Mamba-2's expanded dt, A, D and
-    dt_bias cost no more than the sizes they came from. The form without heads is accepted as well:
-    state (slots, P, N), x, dt, z (T, P), A (P, N), B, C (T, N), D, dt_bias (P).
+    dt_bias cost no more than the sizes they came from. Mamba-1's form, without heads, is accepted
+    too: state (slots, P, N), x, dt, z (T, P), A (P, N), B, C (T, N), D, dt_bias (P).
 
     Returns:
         y in x's shape and dtype, contiguous.
