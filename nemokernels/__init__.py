@@ -29,7 +29,6 @@ from nemokernels.ops.nvfp4 import (
     NVFP4,
     dequantize_nvfp4,
     hadamard16,
-    nvfp4_linear,
     pack_e2m1,
     quantize_nvfp4,
     quantize_nvfp4_pair,
@@ -43,6 +42,7 @@ from nemokernels.ops.rms_norm import rms_norm
 from nemokernels.ops.selective_scan import selective_scan_fn
 from nemokernels.ops.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from nemokernels.ops.state_update import selective_state_update
+from nemokernels.ops.w4a16 import TiledNVFP4, nvfp4_linear, tile_nvfp4, untile_nvfp4
 from nemokernels.patch import patch_transformers
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "Fp8Codes",
     "NVFP4",
     "Route",
+    "TiledNVFP4",
     "Verdict",
     "attention",
     "attention_with_cache",
@@ -89,8 +90,10 @@ __all__ = [
     "selective_scan_fn",
     "selective_state_update",
     "swizzle_scales",
+    "tile_nvfp4",
     "unpack_e2m1",
     "unswizzle_scales",
+    "untile_nvfp4",
     "update_correction_bias",
     "use_backend",
 ]

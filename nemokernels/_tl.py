@@ -67,6 +67,16 @@ def to_fp8(x, largest, dtype: tl.constexpr):
 
 
 @triton.jit
+def e4m3_value(code):
+    """The float32 of E4M3 codes (int32, 0 to 255), exactly and on any architecture."""
+    magnitude = code & 0x7F
+    value = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, value)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(code > 127, -value, value)
+
+
+@triton.jit
 def column_sum_kernel(
     partial_ptr, out_ptr, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

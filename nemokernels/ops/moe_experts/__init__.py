@@ -6,6 +6,7 @@ import torch
 
 from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels.ops import w4a16
 from nemokernels.ops.moe_experts import op
 from nemokernels.ops.moe_route import Route
 
@@ -13,7 +14,10 @@ __all__ = ["moe_experts"]
 
 
 def moe_experts(
-    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, route: Route
+    x: torch.Tensor,
+    up: torch.Tensor | w4a16.TiledNVFP4,
+    down: torch.Tensor | w4a16.TiledNVFP4,
+    route: Route,
 ) -> torch.Tensor:
     """Send every token through its experts and add up what they return.
 
@@ -26,11 +30,15 @@ def moe_experts(
 
     Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros.
 
+    Weights in NVFP4 (W4A16): code times block scale is exact, the global scale multiplies the
+    float32 sum, and nothing of the weight is rounded. They are for inference: no gradient.
+
     Args:
         x: (T, X), float32, bfloat16, float16 or float64, any strides.
-        up: (E, F, X), x's dtype.
-        down: (E, X, F), x's dtype.
-        route: what ``moe_route`` returned for these tokens.
+        up: (E, F, X), x's dtype, or in NVFP4 by :func:`tile_nvfp4` with a global scale per expert.
+        down: (E, X, F), as ``up``.
+        route: what ``moe_route`` returned for these tokens. Its offsets must not decrease and its
+            order must hold each slot once: on a GPU they are not read back to be checked.
 
     Returns:
         y (T, X) in x's dtype.
@@ -44,21 +52,36 @@ def moe_experts(
     """
     where = "moe_experts"
     check_tensor(where, "x", x, shape=(None, None), dims="(T, X)", dtypes=FLOATS)
-    check_tensor(where, "up", up, shape=(None, None, x.shape[1]), dims="(E, F, X)", dtypes=FLOATS,
-                 device=x.device)  # fmt: skip
-    check_tensor(where, "down", down, shape=(up.shape[0], x.shape[1], up.shape[1]),
-                 dims="(E, X, F)", dtypes=FLOATS, device=x.device)  # fmt: skip
+    tiled = isinstance(up, w4a16.TiledNVFP4)
+    if tiled:
+        check(where, up.codes.dim() == 5, "`up.codes` has shape {}, expected experts in tiles",
+              tuple(up.codes.shape))  # fmt: skip
+        experts = up.codes.shape[0]
+        w4a16.check_experts(where, x, up, down)
+        (x,) = autocast(x)
+    else:
+        check_tensor(where, "up", up, shape=(None, None, x.shape[1]), dims="(E, F, X)",
+                     dtypes=FLOATS, device=x.device)  # fmt: skip
+        experts = up.shape[0]
+        check_tensor(where, "down", down, shape=(experts, x.shape[1], up.shape[1]),
+                     dims="(E, X, F)", dtypes=FLOATS, device=x.device)  # fmt: skip
+        x, up, down = autocast(x, up, down)
+        for name, value in (("up", up), ("down", down)):
+            check_tensor(where, name, value, dtypes=(x.dtype,))
+    _check_route(where, route, x, experts)
+    if tiled:
+        return w4a16.experts(x, up, down, route.weights, route.offsets, route.order)
+    return op.moe_experts(x, up, down, route.weights, route.offsets, route.order)[0]
+
+
+def _check_route(where: str, route: object, x: torch.Tensor, experts: int) -> None:
     if not isinstance(route, Route):
         raise TypeError(f"{where}: `route` must be a Route, got {type(route).__name__}")
-    x, up, down = autocast(x, up, down)
-    for name, value in (("up", up), ("down", down)):
-        check_tensor(where, name, value, dtypes=(x.dtype,))
     check_tensor(where, "route.weights", route.weights, shape=(x.shape[0], None), dims="(T, k)",
                  dtypes=(torch.float32, torch.float64), device=x.device)  # fmt: skip
     check(where, route.weights.shape[1] >= 1, "`route.weights` has no slots, expected at least one")
     integers = dict(dtypes=(torch.int32,), device=x.device)
-    check_tensor(where, "route.offsets", route.offsets, shape=(up.shape[0],), dims="(E,)",
+    check_tensor(where, "route.offsets", route.offsets, shape=(experts,), dims="(E,)",
                  **integers)  # fmt: skip
     check_tensor(where, "route.order", route.order, shape=(route.weights.numel(),),
                  dims="(T * k,)", **integers)  # fmt: skip
-    return op.moe_experts(x, up, down, route.weights, route.offsets, route.order)[0]

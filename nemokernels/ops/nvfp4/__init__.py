@@ -1,4 +1,4 @@
-"""NVFP4: quantisation, packing, scale layout, the 16-point Hadamard transform, W4A16 linear."""
+"""NVFP4: quantisation, packing, scale layout, the 16-point Hadamard transform."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops.nvfp4 import op, ref
 
@@ -14,7 +13,6 @@ __all__ = [
     "NVFP4",
     "dequantize_nvfp4",
     "hadamard16",
-    "nvfp4_linear",
     "pack_e2m1",
     "quantize_nvfp4",
     "quantize_nvfp4_pair",
@@ -53,6 +51,7 @@ def quantize_nvfp4(
     amax: torch.Tensor | None = None,
     block_rows: int = 1,
     seed: int | torch.Tensor | None = None,
+    swizzled: bool = False,
 ) -> NVFP4:
     """Quantise along the last axis with the arithmetic of NVFP4 training.
 
@@ -75,6 +74,8 @@ def quantize_nvfp4(
             scale is repeated in each of the 16 rows.
         seed: an integer or a one-element int64 tensor (on x's device); rounds stochastically. Use
             another seed in every step and layer.
+        swizzled: the block scales in the order of :func:`swizzle_scales`, padding included, which
+            :func:`dequantize_nvfp4` does not read. Takes at least two axes.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
@@ -85,7 +86,9 @@ def quantize_nvfp4(
     where = "quantize_nvfp4"
     _check_x(where, x, block_rows)
     _check_amax(where, "amax", amax, x)
-    return _wrap(*op.quantize(x, amax, block_rows, _seed(where, seed, x), 0))
+    check(where, not swizzled or x.dim() >= 2,
+          "`swizzled` scales need a matrix, got `x` of shape {}", tuple(x.shape))  # fmt: skip
+    return _wrap(*op.quantize(x, amax, block_rows, _seed(where, seed, x), 0, swizzled))
 
 
 def quantize_nvfp4_pair(
@@ -96,6 +99,7 @@ def quantize_nvfp4_pair(
     block_rows: int = 1,
     hadamard: bool = False,
     seed: int | torch.Tensor | None = None,
+    swizzled: bool = False,
 ) -> tuple[NVFP4, NVFP4]:
     """Quantise ``x`` and its transpose, for the two matrix products a training step needs it in.
 
@@ -109,7 +113,7 @@ def quantize_nvfp4_pair(
         x: (R, K), both multiples of 16.
         amax, amax_t: of x and of the (transformed) transpose; None computes them. Without the
             transform ``amax_t`` defaults to ``amax``.
-        block_rows, seed: as in :func:`quantize_nvfp4`.
+        block_rows, seed, swizzled: as in :func:`quantize_nvfp4`.
         hadamard: transform the transpose along its last axis, and round it to x's dtype, first.
 
     Returns:
@@ -129,7 +133,7 @@ def quantize_nvfp4_pair(
     if amax_t is None and amax is not None and not hadamard:
         check(where, amax.numel() == 1,
               "`amax_t` is needed beside an `amax` per row, got None")  # fmt: skip
-    out = op.quantize_pair(x, amax, amax_t, block_rows, hadamard, _seed(where, seed, x))
+    out = op.quantize_pair(x, amax, amax_t, block_rows, hadamard, _seed(where, seed, x), swizzled)
     return _wrap(*out[:3]), _wrap(*out[3:])
 
 
@@ -180,43 +184,11 @@ def dequantize_nvfp4(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
     where = "dequantize_nvfp4"
-    _check_parts(where, codes, scales, global_scale)
+    check_parts(where, codes, scales, global_scale)
     if dtype not in FLOATS:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise TypeError(f"{where}: `dtype` is {dtype}, expected one of {names}")
     return op.dequantize(codes, scales.view(torch.uint8), global_scale, dtype)
-
-
-def nvfp4_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor
-) -> torch.Tensor:
-    """``y = x @ w.T`` with a frozen NVFP4 weight and unquantised activations (W4A16).
-
-    Equal to dequantising the weight to x's dtype and multiplying with float32 accumulation (float64
-    for float64) and one cast. The gradient is that of x; the weight has none. Under autocast x is
-    cast to the autocast dtype.
-
-    Args:
-        x: (..., K), float32, bfloat16, float16 or float64, any strides.
-        codes, scales, global_scale: (N, K) in NVFP4, ``nvfp4_linear(x, *weight)``.
-
-    Returns:
-        (..., N) in x's dtype.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
-
-    Source: the W4A16 execution of NVFP4 checkpoints on GPUs without FP4 matrix units.
-    """
-    where = "nvfp4_linear"
-    check_tensor(where, "x", x, dtypes=FLOATS)
-    check(where, x.dim() >= 1, "`x` needs at least one axis, got a scalar")
-    _check_parts(where, codes, scales, global_scale, (None, None), "(N, K/2)", x.device)
-    features = codes.shape[1] * 2
-    check(where, features == x.shape[-1],
-          "`x` has {} features, the weight in `codes` {}", x.shape[-1], features)  # fmt: skip
-    (x,) = autocast(x)
-    return op.linear(x, codes, scales.view(torch.uint8), global_scale)
 
 
 def hadamard16(x: torch.Tensor) -> torch.Tensor:
@@ -322,10 +294,10 @@ def _check_x(where: str, x: object, block_rows: int, name: str = "x") -> None:
 
 def _check_amax(where: str, name: str, amax: object, x: torch.Tensor) -> None:
     if amax is not None:
-        _check_scale(where, name, amax, x)
+        check_scale(where, name, amax, x)
 
 
-def _check_scale(where: str, name: str, scale: object, x: torch.Tensor) -> None:
+def check_scale(where: str, name: str, scale: object, x: torch.Tensor) -> None:
     check_tensor(where, name, scale, dtypes=(torch.float32,), device=x.device)
     leading = scale.dim() < x.dim() and scale.shape == x.shape[: scale.dim()]
     check(where, leading or scale.numel() == 1,
@@ -333,16 +305,18 @@ def _check_scale(where: str, name: str, scale: object, x: torch.Tensor) -> None:
           name, tuple(scale.shape), tuple(x.shape))  # fmt: skip
 
 
-def _check_parts(where, codes, scales, global_scale, shape=None, dims=None, device=None) -> None:
-    check_tensor(where, "codes", codes, shape=shape, dims=dims, dtypes=(torch.uint8,),
-                 device=device)  # fmt: skip
+def check_parts(
+    where: str, codes: object, scales: object, global_scale: object, device=None
+) -> None:
+    """Raise unless these are the parts of an :class:`NVFP4`."""
+    check_tensor(where, "codes", codes, dtypes=(torch.uint8,), device=device)
     check(where, codes.dim() >= 1 and codes.shape[-1] % 8 == 0,
           "`codes` has shape {}, expected a last axis of K/2, K a multiple of 16",
           tuple(codes.shape))  # fmt: skip
     blocks = (*codes.shape[:-1], codes.shape[-1] // 8)
     check_tensor(where, "scales", scales, shape=blocks, dims="(..., K/16)",
                  dtypes=(torch.float8_e4m3fn,), device=codes.device)  # fmt: skip
-    _check_scale(where, "global_scale", global_scale, codes)
+    check_scale(where, "global_scale", global_scale, codes)
     for name, part in (("scales", scales), ("global_scale", global_scale)):
         check(where, not part.requires_grad, "`{}` requires a gradient; it has none", name)
 

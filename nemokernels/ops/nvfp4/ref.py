@@ -94,12 +94,13 @@ def quantize(
     block_rows: int,
     seed: torch.Tensor | None,
     stream: int = 0,
+    swizzled: bool = False,
 ):
     """Packed codes (..., K/2), block scales (..., K/16) as bytes, global scale (amax's shape).
 
     S = min(2688 / amax, FLT_MAX), or 1 where amax is 0 or infinite; block scale
     s = e4m3(min(block amax * (S * (1/6)), FLT_MAX)), saturating; and with the rounded s
-    q = e2m1(x * min(1 / (s * (1/S)), FLT_MAX)), saturating.
+    q = e2m1(x * min(1 / (s * (1/S)), FLT_MAX)), saturating. Swizzled scales are those of swizzle().
     """
     wide = x.float()
     amax = tensor_amax(x) if amax is None else amax.float()
@@ -111,7 +112,9 @@ def quantize(
     inverse = (1 / (scale.float() * (1 / encode))).clamp(max=FLOAT_MAX)
     scaled = wide * inverse.repeat_interleave(BLOCK, -1)
     noise = None if seed is None else noise_like(x, seed, stream)
-    return pack(round_e2m1(scaled, noise)), scale.view(torch.uint8), global_scale(amax)
+    scale = scale.view(torch.uint8)
+    scale = swizzle(scale) if swizzled else scale
+    return pack(round_e2m1(scaled, noise)), scale, global_scale(amax)
 
 
 def quantize_pair(
@@ -121,6 +124,7 @@ def quantize_pair(
     block_rows: int,
     hadamard: bool,
     seed: torch.Tensor | None,
+    swizzled: bool = False,
 ):
     """quantize of x (R, K) and of its transpose (K, R), the latter after hadamard16 if asked.
 
@@ -131,8 +135,8 @@ def quantize_pair(
         x_t = hadamard16(x_t)
     elif amax_t is None:
         amax_t = tensor_amax(x) if amax is None else amax
-    rowwise = quantize(x, amax, block_rows, seed)
-    return *rowwise, *quantize(x_t, amax_t, block_rows, seed, 1)
+    rowwise = quantize(x, amax, block_rows, seed, 0, swizzled)
+    return *rowwise, *quantize(x_t, amax_t, block_rows, seed, 1, swizzled)
 
 
 def quantize_weight(x: torch.Tensor, amax: torch.Tensor | None):
@@ -148,7 +152,9 @@ def quantize_weight(x: torch.Tensor, amax: torch.Tensor | None):
     scale = block_amax(wide, 1) / (E2M1_MAX * g)
     # 0 / 0: a tensor of zeros. Its blocks are zero blocks like any other.
     zero = (scale == 0) | ((g == 0) & scale.isnan())
-    scale = torch.where(zero, 1.0, scale.clamp(SMALLEST_E4M3, E4M3_MAX)).to(torch.float8_e4m3fn)
+    scale = torch.where(zero, 1.0, scale.clamp(SMALLEST_E4M3, E4M3_MAX))
+    # inf / inf is a NaN whose sign depends on the processor.
+    scale = torch.where(scale.isnan(), torch.nan, scale).to(torch.float8_e4m3fn)
     step = (scale.float() * g).repeat_interleave(BLOCK, -1)
     codes = round_e2m1(torch.where(wide == 0, 0.0, wide / step))
     return pack(codes), scale.view(torch.uint8), scale_2
@@ -164,45 +170,37 @@ def dequantize(
     return (values * step.repeat_interleave(BLOCK, -1)).to(dtype)
 
 
-def linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, scale_2: torch.Tensor
-) -> torch.Tensor:
-    """y = x @ w^T with w dequantised to x's dtype, accumulated wide, one cast."""
-    weight = dequantize(codes, scales, scale_2, x.dtype).to(acc_dtype(x))
-    return (x.to(weight.dtype) @ weight.t()).to(x.dtype)
-
-
-def linear_backward(
-    dy: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, scale_2: torch.Tensor
-) -> torch.Tensor:
-    """dx = dy @ w with w dequantised to dy's dtype."""
-    weight = dequantize(codes, scales, scale_2, dy.dtype).to(acc_dtype(dy))
-    return (dy.to(weight.dtype) @ weight).to(dy.dtype)
-
-
-def hadamard_matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """diag(SIGNS) @ H / 4, H the 16 x 16 Sylvester matrix: orthogonal, entries +-1/4."""
-    h = torch.ones(1, 1)
-    for _ in range(4):
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return (torch.tensor(SIGNS)[:, None] * h / 4).to(device, dtype)
-
-
 def hadamard16(x: torch.Tensor) -> torch.Tensor:
-    """Every 16 elements of the last axis times the matrix, accumulated wide, one cast."""
-    return _by_sixteen(x, transposed=False)
+    """Every 16 elements of the last axis times diag(SIGNS) H / 4, H the 16 x 16 Sylvester matrix.
+
+    Accumulated wide in the order of :func:`_butterflies`, one cast.
+    """
+    acc = acc_dtype(x)
+    return _butterflies(_sixteens(x, acc) * _signs(x, acc)).reshape(x.shape).to(x.dtype)
 
 
 def hadamard16_backward(dy: torch.Tensor) -> torch.Tensor:
-    """dx: every 16 elements times the transposed matrix, which is its inverse."""
-    return _by_sixteen(dy, transposed=True)
+    """dx: every 16 elements times the transposed matrix H diag(SIGNS) / 4, which is its inverse."""
+    acc = acc_dtype(dy)
+    return (_butterflies(_sixteens(dy, acc)) * _signs(dy, acc)).reshape(dy.shape).to(dy.dtype)
 
 
-def _by_sixteen(x: torch.Tensor, transposed: bool) -> torch.Tensor:
-    acc = acc_dtype(x)
-    matrix = hadamard_matrix(acc, x.device)
-    blocks = x.to(acc).unflatten(-1, (x.shape[-1] // BLOCK, BLOCK))
-    return (blocks @ (matrix.t() if transposed else matrix)).flatten(-2).to(x.dtype)
+def _sixteens(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
+    return x.to(acc).unflatten(-1, (x.shape[-1] // BLOCK, BLOCK))
+
+
+def _signs(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
+    return torch.tensor(SIGNS, dtype=acc, device=x.device)
+
+
+def _butterflies(x: torch.Tensor) -> torch.Tensor:
+    """The last axis (16) times H / 4: sums and differences of the elements whose index differs in
+    bit 0, then in bit 1, 2 and 3. A kernel that keeps this order has the same bits."""
+    x = x.unflatten(-1, (2, 2, 2, 2))
+    for bit in (-1, -2, -3, -4):
+        a, b = x.unbind(bit)
+        x = torch.stack((a + b, a - b), bit)
+    return x.flatten(-4) * 0.25
 
 
 def swizzle(scales: torch.Tensor) -> torch.Tensor:
