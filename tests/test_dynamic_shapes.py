@@ -47,7 +47,7 @@ CASES = {
     "moe": moe,
     "balance_loss": lambda t: nk.balance_loss(rand(2, t, 8), top_k=2),
     "fp8_linear": lambda t: nk.fp8_linear(rand(16 * t, 32), rand(16, 32)),
-    "nvfp4_linear": lambda t: nk.nvfp4_linear(rand(t, 32), *nk.quantize_nvfp4(rand(16, 32))),
+    "nvfp4_linear": lambda t: nk.nvfp4_linear(rand(t, 32), nk.quantize_nvfp4(rand(16, 32))),
     "mtp_verify": lambda t: nk.mtp_verify(rand(t, 3, 32), torch.randint(32, (t, 2))).accepted,
     "selective_state_update": lambda t: nk.selective_state_update(
         torch.zeros(t, 4, 8, 16), rand(t, 4, 8), rand(t, 4, 8), -torch.rand(4, 8, 16),
