@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import e4m3_value, offset64
+from nemokernels._tl import e4m3_value, offset64, raise_amax
 from nemokernels._triton import cdiv
 from nemokernels.ops.nvfp4.ref import SIGNS
 
@@ -84,13 +84,6 @@ def _hadamard(x, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def _largest(x):
-    # Bits of max |x| over a tile's elements that are not NaN.
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(tl.max(tl.where(bits > 0x7F800000, 0, bits), 1), 0)
-
-
-@triton.jit
 def _load(x_ptr, row, column, rows, columns, stride):
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     at = offset64(row, stride)[:, None] + column[None, :]
@@ -100,8 +93,8 @@ def _load(x_ptr, row, column, rows, columns, stride):
 @triton.jit
 def nvfp4_amax_kernel(
     x_ptr,
-    out_ptr,
-    out_t_ptr,
+    amax_ptr,
+    amax_t_ptr,
     rows,
     columns,
     stride,
@@ -110,27 +103,16 @@ def nvfp4_amax_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # Largest magnitude of one tile and of its transformed transpose.
+    # Raises amax by one tile, and amax_t by its transformed transpose.
     tiles = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
     x = _load(x_ptr, row, column, rows, columns, stride)
     if ROWWISE:
-        tl.store(out_ptr + tl.program_id(0), _largest(x).to(tl.float32, bitcast=True))
+        raise_amax(amax_ptr, x)
     if HADAMARD:
         x = _hadamard(tl.trans(x), x_ptr.dtype.element_ty, COLUMNS, ROWS)
-        tl.store(out_t_ptr + tl.program_id(0), _largest(x).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def nvfp4_max_kernel(partial_ptr, out_ptr, count, each, BLOCK: tl.constexpr):
-    # out[p] = max of the p-th row of partial (P, count).
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        at = offset64(tl.program_id(0), each) + i
-        largest = tl.maximum(largest, tl.load(partial_ptr + at, mask=i < count, other=0.0))
-    tl.store(out_ptr + tl.program_id(0), tl.max(largest, 0))
+        raise_amax(amax_t_ptr, x)
 
 
 @triton.jit
@@ -357,17 +339,12 @@ def _launch(rows, seed, stream, out, out_t, config, **constants):
 def _amax(rows, rowwise, hadamard, config):
     """max |x| over what is not NaN, of x and of its transformed transpose; each () float32."""
     count = cdiv(rows.shape[0], config.rows) * cdiv(rows.shape[1], config.columns)
-    partial = torch.empty(2, count, dtype=torch.float32, device=rows.device)
-    out = partial.new_empty(2)
+    amax, amax_t = torch.zeros(2, dtype=torch.float32, device=rows.device)
     nvfp4_amax_kernel[(count,)](
-        rows, partial, partial[1], *rows.shape, rows.stride(0), ROWWISE=rowwise,
-        HADAMARD=hadamard, ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps,
+        rows, amax, amax_t, *rows.shape, rows.stride(0), ROWWISE=rowwise, HADAMARD=hadamard,
+        ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps,
     )  # fmt: skip
-    first, last = (0 if rowwise else 1), (2 if hadamard else 1)
-    nvfp4_max_kernel[(last - first,)](
-        partial[first], out[first:], count, partial.stride(0), BLOCK=1024, num_warps=4
-    )
-    return out[0], out[1]
+    return amax, amax_t
 
 
 def dequantize(codes, scales, scale_2, dtype):
