@@ -14,6 +14,7 @@ from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.linear import exact
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.megatron import from_megatron, megatron_shapes
 from nemokernels.models.names import TensorSpec
 from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.quantization import Quantization
@@ -41,9 +42,11 @@ __all__ = [
     "checkpoint_spec",
     "exact",
     "find_variant",
+    "from_megatron",
     "from_pretrained",
     "generate",
     "list_variants",
+    "megatron_shapes",
     "read_config",
     "save_pretrained",
 ]

@@ -1,15 +1,24 @@
 """The README says what is there: its code runs, its tables are complete."""
 
+import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
 
+import hybrids
 import pytest
 import tiny
 import torch
 
 from nemokernels._registry import FAMILIES
-from nemokernels.models import save_pretrained
+from nemokernels.models import (
+    from_pretrained,
+    list_variants,
+    megatron_shapes,
+    save_pretrained,
+)
+from nemokernels.models.families import CONFIGS, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,6 +38,34 @@ def test_model_example_runs(tmp_path):
     scope = {"prompt_ids": [5, 6, 7]}
     exec(code.replace('"cuda"', '"cpu"').replace("256", "4"), scope)
     assert len(scope["result"].tokens[0]) == 4
+
+
+def test_megatron_example_runs(tmp_path, monkeypatch):
+    model = hybrids.model("M-", mlp_hidden_act="gelu")
+    shapes = megatron_shapes(model.config)
+    (tmp_path / "mp_rank_00").mkdir()
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    torch.save({"model": tensors, "args": None}, tmp_path / "mp_rank_00/model_optim_rng.pt")
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[2].replace('"nvidia/mamba2-hybrid-8b-3t-4k"', "config")
+    exec(code, {"config": model.config})
+    values = from_pretrained("hybrid-8b").state_dict()
+    assert torch.equal(values["lm_head.weight"], tensors["output_layer.weight"])
+
+
+def test_variant_of_the_example():
+    text = re.search(r"```json\n(.*?)```", README, re.S)[1]
+    entry, (same,) = json.loads(text), [v for v in list_variants() if v.name == "Minitron 8B"]
+    assert entry["name"] == same.name and entry["hub_id"] == same.hub_id
+    assert (entry["parameters"], entry["tensors"]) == (same.parameters, same.tensors)
+    ours = dataclasses.replace(parse_config(entry["config"]), extra={})
+    assert ours == dataclasses.replace(same.config, extra={})
+    assert len(text.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_model_table_has_every_model_type(model_type):
+    assert re.search(rf"^\|.*`{model_type}`.*\|.*\|$", README, re.M)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
