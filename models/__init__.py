@@ -12,32 +12,42 @@ from nemokernels.models.files import CheckpointError
 from nemokernels.models.generation import Generation, generate
 from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.images import Clip, ImageError, load_clip, load_image
 from nemokernels.models.linear import exact
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.megatron import from_megatron, megatron_shapes
 from nemokernels.models.names import TensorSpec
 from nemokernels.models.nemotron_h import NemotronH
+from nemokernels.models.nemotron_vl import NemotronVL
+from nemokernels.models.prompts import VisionPrompt, vision_prompt
 from nemokernels.models.quantization import Quantization
 from nemokernels.models.saving import save_pretrained
 from nemokernels.models.state import State
 from nemokernels.models.variants import Variant, find_variant, list_variants
+from nemokernels.models.vl_config import NemotronVLConfig, VisionConfig
 
 __all__ = [
     "GPT",
     "CausalLM",
     "CheckpointError",
+    "Clip",
     "ConfigError",
     "Decoder",
     "DecoderConfig",
     "GPTConfig",
     "Generation",
     "Mamba2Config",
+    "ImageError",
     "NemotronH",
     "NemotronHConfig",
+    "NemotronVL",
+    "NemotronVLConfig",
     "Quantization",
     "State",
     "TensorSpec",
     "Variant",
+    "VisionConfig",
+    "VisionPrompt",
     "build",
     "checkpoint_spec",
     "exact",
@@ -47,6 +57,9 @@ __all__ = [
     "generate",
     "list_variants",
     "megatron_shapes",
+    "load_clip",
+    "load_image",
     "read_config",
     "save_pretrained",
+    "vision_prompt",
 ]

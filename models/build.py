@@ -13,7 +13,9 @@ from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.nemotron_h import NemotronH
+from nemokernels.models.nemotron_vl import NemotronVL
 from nemokernels.models.variants import find_config
+from nemokernels.models.vl_config import NemotronVLConfig
 
 __all__ = ["build"]
 
@@ -22,6 +24,7 @@ MODELS: dict[type[Config], type[CausalLM]] = {
     Mamba2Config: NemotronH,
     DecoderConfig: Decoder,
     GPTConfig: GPT,
+    NemotronVLConfig: NemotronVL,
 }
 
 

@@ -5,7 +5,8 @@ Shapes: B rows, T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -26,7 +27,14 @@ class CausalLM(nn.Module):
 
     A family's class sets ``config``, ``lm_head`` and ``mtp`` (or None) and says what its trunk is:
     a module with ``layers`` that takes ``(tokens, run)``.
+
+    Attributes:
+        image_token_id: the token whose places images fill, in a model that sees; else None.
+        kept: tensors of the checkpoint that no computation uses, which saving writes back.
     """
+
+    image_token_id: int | None = None
+    kept: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     @property
     def trunk(self) -> nn.Module:
@@ -50,6 +58,7 @@ class CausalLM(nn.Module):
         state: State | None = None,
         slots: torch.Tensor | None = None,
         decode: bool = False,
+        embedded: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm, which ``lm_head`` turns into logits.
 
@@ -63,6 +72,8 @@ class CausalLM(nn.Module):
                 Negative: padding, which touches no slot.
             decode: take T <= draft_tokens + 1 tokens per row through the recurrent kernels;
                 ``state.accept`` must follow. Otherwise the chunked kernels, and all tokens stay.
+            embedded: (B, T, H) the vectors to start from instead of the tokens' embeddings; for
+                models whose trunk takes them (:class:`NemotronH`).
 
         Returns:
             (B, T, H) in the model's dtype.
@@ -71,7 +82,8 @@ class CausalLM(nn.Module):
                      dtypes=INTEGERS)  # fmt: skip
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             run = self._run(tokens, cu_seqlens, state, slots, decode, mtp=False)
-            hidden = self.trunk(tokens, run)
+            start = () if embedded is None else (embedded,)
+            hidden = self.trunk(tokens, run, *start)
             run.commit()
         return hidden
 

@@ -23,7 +23,7 @@ import nemokernels
 from nemokernels.models import names
 from nemokernels.models.build import build
 from nemokernels.models.causal_lm import CausalLM
-from nemokernels.models.families import Config, parse_config
+from nemokernels.models.families import Config, parse_config, unwrapped
 from nemokernels.models.fields import ConfigError
 from nemokernels.models.files import (
     CONFIG,
@@ -42,12 +42,14 @@ from nemokernels.models.quantization import (
     parse_scheme,
 )
 from nemokernels.models.variants import find_config
+from nemokernels.models.vl_config import NemotronVLConfig
 
 QUANT_CONFIG = "hf_quant_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_TENSORS = 1_000_000  # twenty times the largest model; above it a configuration is nonsense
 WRAPPERS = ("", "language_model.")  # before all names of the language model
-# Towers of the multimodal repositories, beside `language_model.`; their tensors are not read.
+# Towers of wrappers this package has no model of, beside `language_model.`; they are not read.
 OTHER_TOWERS = ("vision_model.", "mlp1.", "sound_encoder.", "sound_projection.",
                 "video_embedder.", "vision_projector.")  # fmt: skip
 
@@ -75,7 +77,8 @@ def from_pretrained(
     ``nemotron_h`` the prefixes ``backbone.`` (published) and ``model.`` (transformers 5 in memory,
     experts stacked or not); for ``bloom`` also no prefix; every prefix also under
     ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8 and NVFP4, which
-    are dequantised (``model.quantization`` keeps the rest of what they say).
+    are dequantised (``model.quantization`` keeps the rest of what they say). Of a wrapper that is no
+    family of its own, the language model.
 
     Args:
         folder: the checkpoint.
@@ -99,9 +102,9 @@ def from_pretrained(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder")
     data = read_json(folder, CONFIG)
-    config = _config(folder, data)
     problems = Problems(folder)
     with Shards(folder, problems) as shards:
+        config = _config(folder, data, shards.tensors)
         plan = _plan(config, _scheme(folder, data, names.layout(config)), shards.tensors, problems)
         scalars = _scalars(plan, shards, problems) if plan.quantization else {}
         problems.raise_if_any()
@@ -127,14 +130,18 @@ class Plan(NamedTuple):
     trunk: str  # how its names begin in the file
     tensors: dict[str, StoredTensor]  # canonical name -> stored tensor
     quantization: Quantization | None
+    kept: dict[str, StoredTensor]  # what is carried along
 
 
-def _config(folder: Path, data: dict) -> Config:
-    for nested in ("llm_config", "text_config"):
-        data = data[nested] if isinstance(data.get(nested), dict) else data
-    data = {key: value for key, value in data.items() if key != "quantization_config"}
+def _config(folder: Path, data: dict, stored: dict[str, StoredTensor]) -> Config:
     try:
-        config = parse_config(data)
+        data = unwrapped(data)
+        config = parse_config({k: v for k, v in data.items() if k != "quantization_config"})
+        if isinstance(config, NemotronVLConfig):
+            found = os.path.lexists(folder / PREPROCESSOR)
+            preprocessor = read_json(folder, PREPROCESSOR) if found else {}
+            shapes = {name: tensor.shape for name, tensor in stored.items()}
+            config = config.completed(shapes, preprocessor)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     if next(islice(names.tensor_shapes(config), MAX_TENSORS, None), None) is not None:
@@ -164,7 +171,8 @@ def _scheme(folder: Path, data: dict, layout: Layout) -> Scheme | None:
 
 def _module(layout: Layout, name: str) -> str:
     """A module's name in a quantisation list, in our spelling."""
-    name = name.removeprefix("language_model.")
+    if not layout.trunk.startswith("language_model."):
+        name = name.removeprefix("language_model.")
     trunk = next((trunk for trunk in layout.trunks if name.startswith(trunk)), "")
     return layout.trunk + name.removeprefix(trunk) if trunk else name
 
@@ -201,7 +209,10 @@ def _plan(
     stored: dict[str, StoredTensor],
     problems: Problems,
 ) -> Plan:
-    trunk, tensors = _canonical(names.layout(config), stored, problems)
+    layout = names.layout(config)
+    kept = {name: tensor for name, tensor in stored.items() if layout.keeps(name)}
+    stored = {name: tensor for name, tensor in stored.items() if name not in kept}
+    trunk, tensors = _canonical(layout, stored, problems)
     shapes: dict[str, tuple[int, ...]] = {}
     wanted: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
     listed = list(names.tensor_shapes(config))
@@ -241,7 +252,7 @@ def _plan(
         what = "a scale without its quantised layer" if is_scale(name) else "unexpected"
         problems.add(f"{tensors[name].name}: {what} (in {tensors[name].file})")
     quantization = None if scheme is None else Quantization(layers)
-    return Plan(dtype, shapes, sources, trunk, tensors, quantization)
+    return Plan(dtype, shapes, sources, trunk, tensors, quantization, kept)
 
 
 def _model_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
@@ -285,6 +296,7 @@ def _fill(
         raise RuntimeError(f"the model and its list of tensor names disagree: {differ[:10]}")
     model.quantization, model.file_dtypes = plan.quantization, {}
     model.file_trunk = plan.trunk
+    model.kept = {name: shards.read(tensor) for name, tensor in plan.kept.items()}
     filled: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for source in plan.sources:

@@ -11,16 +11,18 @@ from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.fields import ConfigError, check_object, read_file, show
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.vl_config import MODEL_TYPE, NemotronVLConfig, refuse_sound
 
-__all__ = ["CONFIGS", "Config", "parse_config", "read_config"]
+__all__ = ["CONFIGS", "Config", "parse_config", "read_config", "unwrapped"]
 
-Config = NemotronHConfig | DecoderConfig | GPTConfig
+Config = NemotronHConfig | DecoderConfig | GPTConfig | NemotronVLConfig
 CONFIGS: dict[str, type[Config]] = {
     "nemotron_h": NemotronHConfig,
     "nemotron_h_puzzle": NemotronHConfig,
     "mamba2": Mamba2Config,
     **dict.fromkeys(decoder_config.FAMILIES, DecoderConfig),
     **dict.fromkeys(gpt_config.FAMILIES, GPTConfig),
+    MODEL_TYPE: NemotronVLConfig,
 }
 
 
@@ -43,3 +45,13 @@ def parse_config(data: Mapping[str, object]) -> Config:
 def read_config(path: str | Path) -> Config:
     """Read a config.json file of any family; errors as :func:`parse_config`."""
     return read_file(path, parse_config)
+
+
+def unwrapped(data: Mapping[str, object]) -> Mapping[str, object]:
+    """The fields of the language model inside a wrapper of another type; else ``data`` itself."""
+    refuse_sound(data)
+    if data.get("model_type") == MODEL_TYPE:
+        return data
+    for nested in ("llm_config", "text_config"):
+        data = data[nested] if isinstance(data.get(nested), dict) else data
+    return data

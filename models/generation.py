@@ -55,6 +55,7 @@ def generate(
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     eos: int | Sequence[int] | None = None,
+    image_features: torch.Tensor | None = None,
 ) -> Generation:
     """Continue every prompt, greedily or by sampling.
 
@@ -77,6 +78,8 @@ def generate(
         seed: of the random numbers.
         request_ids: an integer per prompt that takes part in its random numbers; None: 0, 1, ...
         eos: a request ends with the first of these tokens it emits.
+        image_features: (m, H) vectors for the m image tokens of the prompts, in their order; for a
+            model that sees (:func:`nemokernels.models.vision_prompt` makes both).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
@@ -87,6 +90,7 @@ def generate(
     """
     ends = _ends(eos)
     _check(model, prompts, max_new_tokens, speculate, request_ids)
+    _check_images(model, prompts, image_features)
     requests = [
         _Request(slot, list(prompt), len(prompt) + max_new_tokens, request_id, ends)
         for slot, (prompt, request_id) in enumerate(
@@ -103,7 +107,8 @@ def generate(
                 max(request.limit for request in requests) + speculate,
                 draft_tokens=speculate,
             )
-            _Decoder(model, state, choose, speculate, result).run(requests)
+            seen = {} if image_features is None else {"image_features": image_features}
+            _Decoder(model, state, choose, speculate, result, seen).run(requests)
     result.tokens = [request.tokens[request.prompt_length :] for request in requests]
     result.logprobs = [request.logprobs for request in requests]
     return result
@@ -152,9 +157,10 @@ class _Decoder:
         choose: Callable,
         speculate: int,
         result: Generation,
+        seen: dict[str, torch.Tensor],
     ):
         self.model, self.state, self.choose = model, state, choose
-        self.speculate, self.result = speculate, result
+        self.speculate, self.result, self.seen = speculate, result, seen
         self.device = model.lm_head.weight.device
 
     def run(self, requests: list[_Request]) -> None:
@@ -174,7 +180,7 @@ class _Decoder:
             "slots": self.slots(requests),
         }
         last = bounds[1:].to(self.device) - 1
-        hidden = self.model.hidden(self.tensor([sum(prompts, [])]), **packed)
+        hidden = self.model.hidden(self.tensor([sum(prompts, [])]), **packed, **self.seen)
         none = self.tensor([[]] * len(requests))
         self.verify(requests, hidden[0, last, None], none, [0] * len(requests))
         width = self.width(requests)
@@ -306,3 +312,13 @@ def _check(model, prompts, max_new_tokens, speculate, request_ids) -> None:
                 raise TypeError(f"generate: `prompts[{index}]` holds {token!r:.80}, expected ints")
             check("generate", 0 <= token < vocab,
                   f"`prompts[{index}]` holds {token}, expected a token below {vocab}")  # fmt: skip
+
+
+def _check_images(model, prompts, image_features) -> None:
+    token = model.image_token_id
+    check("generate", image_features is None or token is not None,
+          "`image_features` are given, but the model has no image token")  # fmt: skip
+    places = 0 if token is None else sum(list(prompt).count(token) for prompt in prompts)
+    vectors = 0 if image_features is None else len(image_features)
+    check("generate", places == vectors,
+          f"`prompts` hold {places} image tokens, `image_features` {vectors} vectors")  # fmt: skip

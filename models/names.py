@@ -16,6 +16,7 @@ from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.vl_config import PREFIX, SHUFFLE, NemotronVLConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -24,7 +25,8 @@ WIDE_LEAVES = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_
 
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>up_proj|down_proj)\.weight")
 _LINEAR = re.compile(
-    r"(?:lm_head|.*\.(?:in_proj|out_proj|[qkvo]_proj|up_proj|gate_proj|down_proj|fc[12]_latent_proj|eh_proj))"
+    r"(?:(?:language_model\.)?lm_head|mlp1\.[13]|.*\.(?:in_proj|out_proj|[qkvo]_proj|up_proj|gate_proj|down_proj"
+    r"|fc[12]_latent_proj|eh_proj|attn\.qkv|attn\.proj|mlp\.fc[12]))"
 )
 
 
@@ -35,6 +37,11 @@ class Layout(NamedTuple):
     embeddings: str  # below the trunk
     trunks: tuple[str, ...]  # that are read; the first is the published one, "" stays as it is
     beside: tuple[str, ...]  # the trunk
+    kept: tuple[str, ...] = ()  # of any shape, carried along: names, and beginnings with a dot
+
+    def keeps(self, name: str) -> bool:
+        """Whether the tensor of this name is carried along unread."""
+        return any(name == one or one[-1] == "." and name.startswith(one) for one in self.kept)
 
 
 _NEMOTRON_H = Layout(
@@ -42,6 +49,15 @@ _NEMOTRON_H = Layout(
 )
 _DECODER = Layout("model.", "embed_tokens.weight", ("model.",), ("lm_head.",))
 _GPT = Layout("transformer.", "word_embeddings.weight", ("transformer.", ""), ())
+# Images come normalised and their summary is not used, so the encoder's own copy of the constants
+# and its list of summary tokens are carried along unread.
+_VL = Layout(
+    "language_model.backbone.",
+    "embeddings.weight",
+    ("language_model.backbone.", "language_model.model."),
+    ("language_model.lm_head.", "vision_model.", "mlp1."),
+    ("vision_model.radio_model.input_conditioner.", "vision_model.radio_model.summary_idxs"),
+)
 
 
 class TensorSpec(NamedTuple):
@@ -206,9 +222,30 @@ def _mlp(prefix: str, width: int, inner: int) -> Shapes:
     yield f"{prefix}.down_proj.weight", (width, inner)
 
 
+def _vl_shapes(config: NemotronVLConfig) -> Shapes:
+    for name, shape in _hybrid_shapes(config.llm_config):
+        yield f"language_model.{name}", shape
+    v = config.vision_config
+    W, F = v.hidden_size, v.intermediate_size
+    yield f"{PREFIX}embedder.weight", (W, 3 * v.patch_size**2)
+    yield f"{PREFIX}pos_embed", (1, (v.grid_size or 0) ** 2, W)
+    yield f"{PREFIX}cls_token.token", (v.num_prefix_tokens or 0, W)
+    for index in range(v.num_hidden_layers):
+        prefix = f"vision_model.radio_model.model.blocks.{index}"
+        for leaf, shape in (("norm1", (W,)), ("attn.qkv", (3 * W, W)), ("attn.proj", (W, W)),
+                            ("norm2", (W,)), ("mlp.fc1", (F, W)), ("mlp.fc2", (W, F))):  # fmt: skip
+            yield f"{prefix}.{leaf}.weight", shape
+            yield f"{prefix}.{leaf}.bias", shape[:1]
+    width, inner = SHUFFLE**2 * W, config.projector_hidden_size
+    yield "mlp1.0.weight", (width,)
+    yield "mlp1.1.weight", (inner, width)
+    yield "mlp1.3.weight", (config.llm_config.hidden_size, inner)
+
+
 _FAMILIES = {
     NemotronHConfig: (_NEMOTRON_H, _hybrid_shapes),
     Mamba2Config: (_NEMOTRON_H, _hybrid_shapes),
     DecoderConfig: (_DECODER, _decoder_shapes),
     GPTConfig: (_GPT, _gpt_shapes),
+    NemotronVLConfig: (_VL, _vl_shapes),
 }

@@ -58,8 +58,10 @@ class Backbone(nn.Module):
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **kwargs)
 
-    def forward(self, tokens: torch.Tensor, run: Run) -> torch.Tensor:
-        x, residual = self.embeddings(tokens), None
+    def forward(
+        self, tokens: torch.Tensor, run: Run, embedded: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x, residual = self.embeddings(tokens) if embedded is None else embedded, None
         for layer in self.layers:
             x, residual = layer(x, residual, run)
             if self.wide:

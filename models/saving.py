@@ -115,7 +115,7 @@ def _outputs(model: CausalLM) -> list[Output]:
         if getattr(model, "file_trunk", layout.trunk) == "":
             name = name.removeprefix(layout.trunk)
         outputs.append(Output(name, value, dtype))
-    return outputs
+    return outputs + [Output(name, value, value.dtype) for name, value in model.kept.items()]
 
 
 def _write_json(path: Path, data: dict) -> None:

@@ -17,7 +17,17 @@ from rich.markup import escape
 from tokenizers import Tokenizer
 
 from nemokernels._backends import default_device
-from nemokernels.models import CausalLM, build, from_pretrained, read_config
+from nemokernels.models import (
+    CausalLM,
+    NemotronVL,
+    VisionPrompt,
+    build,
+    from_pretrained,
+    load_clip,
+    load_image,
+    read_config,
+    vision_prompt,
+)
 from nemokernels.models import generate as generate_tokens
 from nemokernels.train.data import Batches, Corpus, DataError, read_texts, text_files
 from nemokernels.train.log import Log, plot
@@ -123,9 +133,44 @@ def train(
     return 0
 
 
+def look(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: tuple[str, ...],
+    image: tuple[Path, ...],
+    video: tuple[Path, ...],
+    image_token_id: int | None,
+    **options,
+) -> VisionPrompt:
+    """The one prompt about these pictures and videos, as a model that sees takes it."""
+    if not isinstance(model, NemotronVL):
+        raise DataError(f"--image and --video need a model that sees, this is a {model.name}")
+    if len(prompt) != 1:
+        raise DataError(f"--image and --video take one prompt, got {len(prompt)}")
+    marker = model.config.img_context_token
+    found = (image_token_id, model.image_token_id, tokenizer.token_to_id(marker))
+    model.image_token_id = next((token for token in found if token is not None), None)
+    if model.image_token_id is None:
+        raise DataError(f"neither config.json nor the tokenizer names the token of {marker}; "
+                        "give --image-token-id")  # fmt: skip
+    return vision_prompt(
+        model,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        prompt[0],
+        images=[load_image(path) for path in image],
+        videos=[load_clip(path, fps=options["video_fps"]) for path in video],
+        pruning_rate=options["video_pruning_rate"],
+    )
+
+
 def generate(
     folder: Annotated[Path, tyro.conf.Positional],
     prompt: tuple[str, ...],
+    image: tuple[Path, ...] = (),
+    video: tuple[Path, ...] = (),
+    video_fps: float | None = None,
+    video_pruning_rate: float | None = None,
+    image_token_id: int | None = None,
     max_new_tokens: int = 128,
     speculate: int = 0,
     exact: bool = False,
@@ -140,6 +185,12 @@ def generate(
     Args:
         folder: model folder: config.json, safetensors, tokenizer.json.
         prompt: one or more texts to continue.
+        image: pictures that a vision-language model sees; <image> in the prompt marks their places,
+            without it they come first.
+        video: folders of frames, GIFs or APNGs; their marker is <video>.
+        video_fps: frames per second of their source; without it, what a GIF or APNG says.
+        video_pruning_rate: share of a video's tokens to drop; without it, the model's.
+        image_token_id: where neither config.json nor the tokenizer names it.
         max_new_tokens: longest continuation, in tokens.
         speculate: tokens the MTP block drafts per step; 0 turns it off.
         exact: multiply every token's row on its own, so that the result depends neither on the
@@ -154,7 +205,13 @@ def generate(
         raise DataError("--prompt names no text; give at least one")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = from_pretrained(folder, device=default_device())
-    ids = [tokenizer.encode(text).ids for text in prompt]
+    features = None
+    if image or video:
+        options = {"video_fps": video_fps, "video_pruning_rate": video_pruning_rate}
+        seen = look(model, tokenizer, prompt, image, video, image_token_id, **options)
+        ids, features = [seen.tokens], seen.image_features
+    else:
+        ids = [tokenizer.encode(text).ids for text in prompt]
     started = time.perf_counter()
     result = generate_tokens(
         model,
@@ -166,7 +223,8 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        eos=model.config.extra.get("eos_token_id"),
+        eos=getattr(model.config, "llm_config", model.config).extra.get("eos_token_id"),
+        image_features=features,
     )
     seconds = time.perf_counter() - started
     texts = [tokenizer.decode(row) for row in result.tokens]

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -108,12 +109,16 @@ class Corpus:
         return cls(torch.cat(rows), lengths.cumsum(0))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """``tokens`` (1, n) holds sequences end to end; ``cu_seqlens`` (sequences + 1) bounds them."""
+class Batch(NamedTuple):
+    """``tokens`` (1, n) holds sequences end to end; ``cu_seqlens`` (sequences + 1) bounds them.
+
+    ``pixels`` (tiles, 3, S, S) are the normalised tiles of the images among them, in their order,
+    for a model that sees.
+    """
 
     tokens: torch.Tensor
     cu_seqlens: torch.Tensor
+    pixels: torch.Tensor | None = None
 
 
 class Batches:

@@ -16,7 +16,8 @@ class Objective(nn.Module):
     ``L_main`` is the mean cross-entropy of the next token. ``L_k`` is that of the MTP block applied
     ``k`` times: at position i it sees tokens up to i+k and predicts token i+k+1. A label never
     crosses a sequence boundary; positions without a label are ignored. ``w`` is the MTP loss weight
-    (0.3 for Nemotron 3 Super, 0.1 for Ultra), ``K`` the number of depths (2 there).
+    (0.3 for Nemotron 3 Super, 0.1 for Ultra), ``K`` the number of depths (2 there). Image
+    tokens are no labels.
 
     It is a module, and the model a part of it, so that FSDP gathers the embedding and the head once
     for all the losses of a step.
@@ -34,12 +35,15 @@ class Objective(nn.Module):
         Summed over ranks (and micro-batches) they are the global means.
         """
         model, cu_seqlens = self.model, batch.cu_seqlens
-        hidden = model.hidden(batch.tokens, cu_seqlens=cu_seqlens)
-        terms = [self._loss(hidden, shift(batch, 1, IGNORE)) / labels_total[0]]
+        seen = {}
+        if batch.pixels is not None:
+            seen["image_features"] = model.image_features(batch.pixels)
+        hidden = model.hidden(batch.tokens, cu_seqlens=cu_seqlens, **seen)
+        terms = [self._loss(hidden, self._labels(batch, 1)) / labels_total[0]]
         for depth in range(1, self.mtp_depths + 1):
             ahead = shift(batch, depth, PAD)[None]
             hidden = model.mtp_hidden(hidden, ahead, cu_seqlens=cu_seqlens)
-            labels = shift(batch, depth + 1, IGNORE)
+            labels = self._labels(batch, depth + 1)
             terms.append(self._loss(hidden, labels) / labels_total[depth])
         loss = terms[0]
         if self.mtp_depths:
@@ -53,7 +57,11 @@ class Objective(nn.Module):
 
     def label_counts(self, batch: Batch) -> torch.Tensor:
         """(1 + depths,): how many labels each term of this batch has."""
-        lengths = batch.cu_seqlens.diff()
-        return torch.stack(
-            [(lengths - depth - 1).clamp(min=0).sum() for depth in range(self.mtp_depths + 1)]
-        ).float()
+        depths = range(1, self.mtp_depths + 2)
+        return torch.stack([(self._labels(batch, by) != IGNORE).sum() for by in depths]).float()
+
+    def _labels(self, batch: Batch, by: int) -> torch.Tensor:
+        """(n,): the token ``by`` positions ahead, ignored past the end and where it is an image."""
+        labels = shift(batch, by, IGNORE)
+        image = self.model.image_token_id
+        return labels if image is None else labels.masked_fill(labels == image, IGNORE)

@@ -159,6 +159,7 @@ class Trainer:
         if self.rank == 0:
             copy = build(self.model.config, device="meta", dtype=torch.float32)
             copy.load_state_dict(full, assign=True)
+            copy.kept = self.model.kept
             fresh = folder.with_name(folder.name + ".new")
             shutil.rmtree(fresh, ignore_errors=True)
             save_pretrained(copy, fresh)
@@ -215,7 +216,7 @@ class Trainer:
         for part in range(parts):
             shard, shards = self.rank * parts + part, self.world * parts
             batch = self.batches.at(self.step, shard, shards)
-            yield Batch(batch.tokens.to(self.device), batch.cu_seqlens.to(self.device))
+            yield Batch(*(part if part is None else part.to(self.device) for part in batch))
 
     def _balance(self) -> float:
         """Loss-free balancing: move every router's correction bias once per optimizer step."""
