@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -186,9 +187,7 @@ def _normalised(config: NemotronVLConfig, tiles: list[Image]) -> torch.Tensor:
 
 
 def _resized(image: Image, width: int, height: int) -> Image:
-    from PIL.Image import Resampling
-
-    return image.resize((width, height), Resampling.BICUBIC)
+    return image.resize((width, height), _pillow().Resampling.BICUBIC)
 
 
 def _check_rgb(image: Image) -> None:
@@ -199,12 +198,19 @@ def _check_rgb(image: Image) -> None:
         )
 
 
-def _opened(path: str | os.PathLike) -> Image:
-    from PIL import Image
-
+def _pillow() -> ModuleType:
     try:
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        from PIL import Image
+    except ImportError:
+        raise ImageError("pictures need pillow; pip install 'nemokernels[vision]'") from None
+    return Image
+
+
+def _opened(path: str | os.PathLike) -> Image:
+    pillow = _pillow()
+    try:
+        return pillow.open(path)
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise ImageError(_reason(path, error)) from None
 
 

@@ -226,10 +226,11 @@ def _vl_shapes(config: NemotronVLConfig) -> Shapes:
     for name, shape in _hybrid_shapes(config.llm_config):
         yield f"language_model.{name}", shape
     v = config.vision_config
+    v.check_known()
     W, F = v.hidden_size, v.intermediate_size
     yield f"{PREFIX}embedder.weight", (W, 3 * v.patch_size**2)
-    yield f"{PREFIX}pos_embed", (1, (v.grid_size or 0) ** 2, W)
-    yield f"{PREFIX}cls_token.token", (v.num_prefix_tokens or 0, W)
+    yield f"{PREFIX}pos_embed", (1, v.grid_size**2, W)
+    yield f"{PREFIX}cls_token.token", (v.num_prefix_tokens, W)
     for index in range(v.num_hidden_layers):
         prefix = f"vision_model.radio_model.model.blocks.{index}"
         for leaf, shape in (("norm1", (W,)), ("attn.qkv", (3 * W, W)), ("attn.proj", (W, W)),

@@ -59,12 +59,7 @@ class PatchGenerator(nn.Module):
 
     def __init__(self, config: VisionConfig, **kwargs):
         super().__init__()
-        for name in ("num_prefix_tokens", "grid_size"):
-            check(
-                "VisionModel",
-                getattr(config, name) is not None,
-                f"`vision_config.{name}` is not known; read it from a checkpoint or give it",
-            )
+        config.check_known()
         self.patch, self.grid, width = config.patch_size, config.grid_size, config.hidden_size
         self.embedder = Linear(3 * config.patch_size**2, width, **kwargs)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, width, **kwargs))

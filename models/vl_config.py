@@ -88,6 +88,14 @@ class VisionConfig:
                 raise ConfigError(f"`vision_config.{spec.name}` is missing (or `args.model`)")
         return cls(**sizes, extra=left)
 
+    def check_known(self) -> None:
+        """Raise while a size that only a checkpoint or the caller can say is not known."""
+        for name in ("num_prefix_tokens", "grid_size"):
+            if getattr(self, name) is None:
+                raise ConfigError(
+                    f"`vision_config.{name}` is not known; read it from a checkpoint or give it"
+                )
+
     def to_dict(self) -> dict[str, object]:
         own = {spec.name: getattr(self, spec.name) for spec in _specs(self)}
         return {**self.extra, **{key: value for key, value in own.items() if value is not None}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import struct
+import sys
 import zlib
 from fractions import Fraction
 
@@ -216,6 +217,13 @@ def test_a_picture_too_large_to_be_meant_is_refused(tmp_path, monkeypatch):
     plain(60, 40).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"a\.png.*2400 pixels"):
+        load_image(tmp_path / "a.png")
+
+
+def test_without_pillow_the_message_says_what_to_install(tmp_path, monkeypatch):
+    plain(4, 4).save(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImageError, match=r"pip install 'nemokernels\[vision\]'"):
         load_image(tmp_path / "a.png")
 
 

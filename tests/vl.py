@@ -6,7 +6,7 @@ import torch
 
 from nemokernels.models import NemotronVLConfig, build
 
-IMAGE = 18  # the image token's id
+IMAGE = 325  # the image token's id; the small tokenizer makes none above 319
 CONFIG = {
     "model_type": "NemotronH_Nano_VL_V2",
     "force_image_size": 32,
@@ -29,7 +29,7 @@ CONFIG = {
     },
     "llm_config": {
         "model_type": "nemotron_h",
-        "vocab_size": 320,
+        "vocab_size": 330,
         "hidden_size": 48,
         "hybrid_override_pattern": "M*-",
         "num_attention_heads": 4,
