@@ -77,8 +77,8 @@ def from_pretrained(
     ``nemotron_h`` the prefixes ``backbone.`` (published) and ``model.`` (transformers 5 in memory,
     experts stacked or not); for ``bloom`` also no prefix; every prefix also under
     ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8 and NVFP4, which
-    are dequantised (``model.quantization`` keeps the rest of what they say). Of a wrapper that is no
-    family of its own, the language model.
+    are dequantised (``model.quantization`` keeps the rest of what they say). Of a wrapper that is
+    no family of its own, the language model.
 
     Args:
         folder: the checkpoint.

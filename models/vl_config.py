@@ -188,13 +188,12 @@ class NemotronVLConfig:
                 raise ConfigError(f"`{name}` is missing")
         check_object(left["vision_config"], "vision_config")
         vision = dict(left.pop("vision_config"))
-        if left.get("patch_size") is not None:
-            if vision.get("patch_size") not in (None, left["patch_size"]):
+        for name in ("patch_size", "num_prefix_tokens"):
+            value = left.pop(name, None)
+            if value is not None and vision.setdefault(name, value) != value:
                 raise ConfigError(
-                    f"`patch_size` is {show(left['patch_size'])} but "
-                    f"`vision_config.patch_size` is {show(vision['patch_size'])}"
+                    f"`{name}` is {show(value)} but `vision_config.{name}` is {show(vision[name])}"
                 )
-            vision["patch_size"] = left["patch_size"]
         try:
             llm = NemotronHConfig.from_dict(left.pop("llm_config"))
         except ConfigError as error:
@@ -219,6 +218,8 @@ class NemotronVLConfig:
             key: list(value) if isinstance(value, tuple) else value for key, value in own.items()
         }
         own = {key: value for key, value in own.items() if value is not None}
+        v = self.vision_config  # other readers look for these beside it
+        own |= {"patch_size": v.patch_size, "vit_hidden_size": v.hidden_size}
         return {"architectures": [MODEL_TYPE], **_FIXED, **self.extra, **own}
 
     def completed(

@@ -1,7 +1,6 @@
 """The vision-language model as a whole: parity, caches, prompts, training, sizes."""
 
 import dataclasses
-import json
 import math
 
 import hybrids
@@ -15,7 +14,7 @@ from transformers.models.nemotron_h_omni.configuration_nemotron_h_omni import (
 )
 from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
-from nemokernels.models import Clip, build, generate, list_variants, save_pretrained, vision_prompt
+from nemokernels.models import Clip, build, find_variant, generate, save_pretrained, vision_prompt
 from nemokernels.models.images import frame_pixels, tile_pixels
 from nemokernels.models.nemotron_vl import retained
 from nemokernels.models.vision import flatten_patches
@@ -320,23 +319,13 @@ def test_fsdp_units_are_every_layer_once(model):
     assert len(units) == 3 + 2 == len({id(unit) for unit in units})
 
 
-RELEASED = {
-    "model_type": "NemotronH_Nano_VL_V2",
-    "force_image_size": 512,
-    "patch_size": 16,
-    "vit_hidden_size": 1280,
-    "projector_hidden_size": 20480,
-    "vision_config": {"args": {"model": "vit_huge_patch16_224"}, "grid_size": 128},
-}
-
-
 def test_released_model_on_meta():
     """13B: the language model exactly, the encoder and the projector by their published sizes."""
-    llm = next(v for v in list_variants() if v.name.endswith("Nano-12B-v2"))
-    data = {**RELEASED, "llm_config": llm.config.to_dict()}
-    data["vision_config"] = {**data["vision_config"], "num_prefix_tokens": 10}
-    config = type(vl.config()).from_dict(json.loads(json.dumps(data)))
-    model = build(config, device="meta", dtype=torch.bfloat16)
+    name, llm = "NVIDIA-Nemotron-Nano-12B-v2-VL-BF16", find_variant("Nemotron-Nano-12B-v2")
+    with pytest.raises(ValueError, match="needs num_prefix_tokens, which are not public"):
+        build(name, device="meta")
+    model = build(name, device="meta", dtype=torch.bfloat16, num_prefix_tokens=10)
+    assert model.config.llm_config == llm.config
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert count(model.language_model) == llm.parameters == 12_310_001_152
     assert count(model.mlp1) == 5120 + 2 * 5120 * 20480
