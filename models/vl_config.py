@@ -187,7 +187,7 @@ class NemotronVLConfig:
             if name not in left:
                 raise ConfigError(f"`{name}` is missing")
         check_object(left["vision_config"], "vision_config")
-        vision = dict(left.pop("vision_config"))
+        vision = {k: v for k, v in left.pop("vision_config").items() if v is not None}
         for name in ("patch_size", "num_prefix_tokens"):
             value = left.pop(name, None)
             if value is not None and vision.setdefault(name, value) != value:

@@ -222,6 +222,15 @@ def test_what_only_a_checkpoint_knows_is_asked_for(tmp_path):
             use(config)
 
 
+def test_sizes_may_stand_beside_the_encoders():
+    """C-RADIO's own file leaves the patch to the wrapper."""
+    sizes = {**vl.CONFIG["vision_config"], "patch_size": None, "num_prefix_tokens": None}
+    config = vl.config(vision_config=sizes, num_prefix_tokens=7)
+    assert (config.vision_config.patch_size, config.vision_config.num_prefix_tokens) == (8, 7)
+    data = config.to_dict()
+    assert data["patch_size"] == data["vision_config"]["patch_size"] == 8
+
+
 def test_configuration_survives_its_file():
     config = vl.config(use_thumbnail=False, video_pruning_rate=0.75, unknown=[1, {"a": None}])
     again = NemotronVLConfig.from_dict(json.loads(json.dumps(config.to_dict())))
