@@ -6,6 +6,7 @@ from nemokernels.models.checkpoint import checkpoint_spec, from_pretrained
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder import Decoder
 from nemokernels.models.decoder_config import DecoderConfig
+from nemokernels.models.elastic import slice_checkpoint, slice_model
 from nemokernels.models.families import read_config
 from nemokernels.models.fields import ConfigError
 from nemokernels.models.files import CheckpointError
@@ -61,5 +62,7 @@ __all__ = [
     "megatron_shapes",
     "read_config",
     "save_pretrained",
+    "slice_checkpoint",
+    "slice_model",
     "vision_prompt",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -94,11 +95,21 @@ def from_pretrained(
         CheckpointError: the folder, a file, a tensor or the configuration is not as it must be;
             the message names all of them (the first 20 in full). Nothing has been allocated then.
     """
-    folder, device = Path(folder), torch.device(device or "cpu")
+    device = torch.device(device or "cpu")
     if device.type == "meta":
         raise ValueError("from_pretrained: `device` is meta, expected a device that holds data")
     if dtype is not None and dtype not in MODEL_DTYPES:
         raise TypeError(f"from_pretrained: `dtype` is {dtype}, expected a floating model dtype")
+    with open_checkpoint(folder) as (config, plan, shards, scalars):
+        model = build(config, device="meta", dtype=dtype or plan.dtype)
+        _fill(model, plan, shards, scalars, device, dtype)
+    return model.eval()
+
+
+@contextmanager
+def open_checkpoint(folder: str | os.PathLike) -> Iterator[Opened]:
+    """A checkpoint folder, its headers checked in full; raises as :func:`from_pretrained`."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder")
     data = read_json(folder, CONFIG)
@@ -108,9 +119,7 @@ def from_pretrained(
         plan = _plan(config, _scheme(folder, data, names.layout(config)), shards.tensors, problems)
         scalars = _scalars(plan, shards, problems) if plan.quantization else {}
         problems.raise_if_any()
-        model = build(config, device="meta", dtype=dtype or plan.dtype)
-        _fill(model, plan, shards, scalars, device, dtype)
-    return model.eval()
+        yield Opened(config, plan, shards, scalars)
 
 
 class Source(NamedTuple):
@@ -131,6 +140,13 @@ class Plan(NamedTuple):
     tensors: dict[str, StoredTensor]  # canonical name -> stored tensor
     quantization: Quantization | None
     kept: dict[str, StoredTensor]  # what is carried along
+
+
+class Opened(NamedTuple):
+    config: Config
+    plan: Plan
+    shards: Shards
+    scalars: dict[str, torch.Tensor]  # of the quantised layers
 
 
 def _config(folder: Path, data: dict, stored: dict[str, StoredTensor]) -> Config:
@@ -307,18 +323,24 @@ def _fill(
                 if names.is_wide(target):
                     kept = torch.promote_types(kept, torch.float32)
                 filled[target] = torch.empty_like(meta[target], dtype=kept, device=device)
-                _assign(model, target, filled[target])
+                assign(model, target, filled[target])
                 # Dequantised in a chosen dtype, a model is no longer that of the file.
                 unlike = plan.quantization is not None and dtype is not None
                 model.file_dtypes[target] = (kept, kept if unlike else stored)
             into = filled[target] if index is None else filled[target][index]
             into.copy_(_value(source, plan, shards, scalars, into.dtype))
+    zero_counters(model, device)
+
+
+def zero_counters(model: nn.Module, device: torch.device) -> None:
+    """Give the buffers that are not part of a checkpoint, still on meta, their zeros."""
     for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # counters, which are not part of a checkpoint
-            _assign(model, name, torch.zeros_like(buffer, device=device))
+        if buffer.is_meta:
+            assign(model, name, torch.zeros_like(buffer, device=device))
 
 
-def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put ``value`` in the place of the model's parameter or buffer of this name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

@@ -145,8 +145,8 @@ class Shards:
                 self._problems.add(f"{name}: in {file}, but {INDEX} does not place it there")
 
 
-def read_json(folder: Path, name: str) -> dict:
-    """The JSON object in ``folder/name``; CheckpointError for anything else."""
+def read_bytes(folder: Path, name: str) -> bytes:
+    """The content of a small file of the folder; CheckpointError if there is none."""
     reason = unsafe(folder, name)
     if reason is not None:
         raise CheckpointError(f"{folder / name}: {reason}")
@@ -154,10 +154,17 @@ def read_json(folder: Path, name: str) -> dict:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_repeats)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({_short(str(error))})") from None
+
+
+def read_json(folder: Path, name: str) -> dict:
+    """The JSON object in ``folder/name``; CheckpointError for anything else."""
+    path, content = folder / name, read_bytes(folder, name)
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({_short(str(error))})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a JSON object")

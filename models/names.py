@@ -6,6 +6,7 @@ those of the model in memory.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -107,6 +108,11 @@ def layout(config) -> Layout:
 def tensor_shapes(config) -> Shapes:
     """Name and shape of every stored tensor, in the order of the layers."""
     return _FAMILIES[type(config)][1](config)
+
+
+def element_count(config) -> int:
+    """How many elements the stored tensors have together."""
+    return sum(math.prod(shape) for _, shape in tensor_shapes(config))
 
 
 def _decoder_shapes(config: DecoderConfig) -> Shapes:

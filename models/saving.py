@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 from nemokernels.models import names
 from nemokernels.models.causal_lm import CausalLM
+from nemokernels.models.families import Config
 from nemokernels.models.files import CONFIG, INDEX, SINGLE, CheckpointError
 
 
@@ -39,18 +42,48 @@ def save_pretrained(
         CheckpointError: the folder is not empty, or cannot be written.
         ValueError: the model is on meta, or max_shard_bytes is not positive.
     """
-    folder = Path(os.path.abspath(folder))
     if max_shard_bytes <= 0:
         raise ValueError(f"save_pretrained: `max_shard_bytes` must be > 0, got {max_shard_bytes}")
     if any(value.is_meta for value in model.state_dict().values()):
         raise ValueError("save_pretrained: the model is on meta and has no values to write")
+    outputs = _outputs(model)
+    config = config_bytes(model.config, outputs[0].dtype)
+    write_folder(folder, outputs, {CONFIG: config}, max_shard_bytes)
+
+
+class Output(NamedTuple):
+    """One tensor to write. ``read`` gives its values, in its shape; they are not kept."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    outputs: Sequence[Output],
+    files: Mapping[str, bytes],
+    max_shard_bytes: int,
+) -> None:
+    """Write ``files`` and the tensors, in shards, beside ``folder``, and rename that at once.
+
+    No more than one shard is in memory.
+    """
+    folder = Path(os.path.abspath(folder))
     staging = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.incomplete"
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder}: exists and is not an empty folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        _write(model, staging, max_shard_bytes)
+        files = {**files, **_write_shards(staging, outputs, max_shard_bytes)}
+        for name, content in files.items():
+            _write_file(staging / name, content)
         _sync(staging)
         os.rename(staging, folder)  # atomic; onto an empty folder too
         _sync(folder.parent)
@@ -60,20 +93,22 @@ def save_pretrained(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class Output(NamedTuple):
-    """One tensor to write: published name, values in memory, dtype in the file."""
-
-    name: str
-    value: torch.Tensor
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.value.numel() * self.dtype.itemsize
+def json_bytes(data: Mapping[str, object]) -> bytes:
+    """``data`` as a JSON file's content."""
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
-def _write(model: CausalLM, folder: Path, max_shard_bytes: int) -> None:
-    outputs = _outputs(model)
+def config_bytes(config: Config, dtype: torch.dtype, **more: object) -> bytes:
+    """The config.json of a checkpoint whose weights have this dtype, with ``more`` fields."""
+    data = config.to_dict()
+    data.pop("torch_dtype", None)  # the old spelling of `dtype`
+    return json_bytes({**data, "dtype": str(dtype).removeprefix("torch."), **more})
+
+
+def _write_shards(
+    folder: Path, outputs: Sequence[Output], max_shard_bytes: int
+) -> dict[str, bytes]:
+    """Write the safetensors files; the index, if there is to be one, is returned."""
     shards: list[list[Output]] = []
     room = 0
     for output in outputs:
@@ -86,17 +121,14 @@ def _write(model: CausalLM, folder: Path, max_shard_bytes: int) -> None:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = SINGLE if len(shards) == 1 else file
-        values = {o.name: o.value.detach().to("cpu", o.dtype).contiguous() for o in shard}
+        values = {o.name: o.read().detach().to("cpu", o.dtype).contiguous() for o in shard}
         save_file(values, folder / file, metadata={"format": "pt"})
         _sync(folder / file)
         weight_map |= dict.fromkeys(values, file)
-    if len(shards) > 1:
-        total = sum(output.nbytes for output in outputs)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    data = model.config.to_dict()
-    data.pop("torch_dtype", None)  # the old spelling of `dtype`
-    data["dtype"] = str(outputs[0].dtype).removeprefix("torch.")
-    _write_json(folder / CONFIG, data)
+    if len(shards) <= 1:
+        return {}
+    total = sum(output.nbytes for output in outputs)
+    return {INDEX: json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})}
 
 
 def _outputs(model: CausalLM) -> list[Output]:
@@ -114,14 +146,14 @@ def _outputs(model: CausalLM) -> list[Output]:
         dtype = in_file if value.dtype == in_memory else names.published_dtype(name, default)
         if getattr(model, "file_trunk", layout.trunk) == "":
             name = name.removeprefix(layout.trunk)
-        outputs.append(Output(name, value, dtype))
-    return outputs + [Output(name, value, value.dtype) for name, value in model.kept.items()]
+        outputs.append(Output(name, shape, dtype, value.detach))
+    kept = model.kept.items()
+    return outputs + [Output(name, tuple(v.shape), v.dtype, v.detach) for name, v in kept]
 
 
-def _write_json(path: Path, data: dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.write("\n")
+def _write_file(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

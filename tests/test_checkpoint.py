@@ -305,7 +305,7 @@ def test_saving_refuses(tmp_path):
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_json", "_sync", "rename"])
+@pytest.mark.parametrize("step", ["save_file", "_write_file", "_sync", "rename"])
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, step):
     model = build(NemotronHConfig.from_dict(FIELDS), dtype=torch.bfloat16)
 

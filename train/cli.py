@@ -1,4 +1,4 @@
-"""The command line: ``nemokernels env | selftest | demo | train | generate | build``."""
+"""The command line: ``nemokernels env | selftest | demo | train | generate | slice | build``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nemokernels.train.checkpoint import ResumeError
 from nemokernels.train.commands import generate, train
 from nemokernels.train.data import DataError
 from nemokernels.train.demo import demo
+from nemokernels.train.model_commands import slice_
 
 # What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (CheckpointError, ConfigError, DataError, ResumeError, OSError, ValueError)
@@ -58,6 +59,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "slice": slice_,
     "build": build,
 }
 
