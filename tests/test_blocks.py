@@ -168,6 +168,8 @@ def changed(**change):
         (dict(block_configs=[]), "`hybrid_override_pattern` is empty"),
         (dict(mtp_block_configs=[]), "`mtp_hybrid_override_pattern` is empty"),
         (dict(block_configs=..., hybrid_override_pattern="M"), "nemotron_h_puzzle has them"),
+        (dict(block_configs=..., hybrid_override_pattern="M", model_type="nemotron_h"),
+         "`mtp_block_configs` needs `block_configs`"),
         (dict(model_type="nemotron_h"), "nemotron_h has no `block_configs`"),
         (dict(num_hidden_layers=5), "`num_hidden_layers` is 5 but 6 are listed"),
     ],

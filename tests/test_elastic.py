@@ -143,6 +143,21 @@ def test_nvfp4_is_cut_between_its_blocks_only(tmp_path, widths, module):
                         slice_model(from_pretrained(whole), widths))  # fmt: skip
 
 
+def test_blocks_begin_on_their_boundaries_too(tmp_path):
+    problems = elastic.Problems(tmp_path)
+    elastic._check_blocks("x", ((0, 16), (24, 32)), problems)
+    assert problems.found == ["x: columns 24 to 32 are off the boundaries of NVFP4's blocks of 16"]
+
+
+def test_dtypes_of_the_file_survive_in_memory(tmp_path):
+    values = plain()
+    name = "backbone.layers.0.mixer.A_log"
+    values[name] = values[name].float()
+    model = slice_model(from_pretrained(write(tmp_path / "a", values)), {"mamba_num_heads": 2})
+    save_pretrained(model, tmp_path / "b")
+    assert load_file(tmp_path / "b" / "model.safetensors")[name].dtype == torch.float32
+
+
 def test_lists_with_patterns(tmp_path):
     values = plain()
     quantise(values, "backbone.layers.3.mixer.up_proj", "FP8")
@@ -154,12 +169,13 @@ def test_lists_with_patterns(tmp_path):
         slice_checkpoint(whole, tmp_path / "part", {"layers": [1, 2, 3]})
     slice_checkpoint(whole, tmp_path / "part", {"hidden_size": 16})
     lists["exclude_modules"][0] = "backbone.layers.0.mixer.in_proj"
+    lists["exclude_modules"][1] = "mtp.layers.0*"
     whole = write(tmp_path / "other", values, mixed({"backbone.layers.3.mixer.up_proj": "FP8"},
                                                     **lists))  # fmt: skip
     slice_checkpoint(whole, tmp_path / "fewer", {"layers": [1, 2, 3]})
     data = json.loads((tmp_path / "fewer" / "hf_quant_config.json").read_text())["quantization"]
     assert data["exclude_modules"] == [
-        "mtp*", "backbone.layers.*.mixer.q_proj", "backbone.layers.0.mixer.experts.*"
+        "mtp.layers.0*", "backbone.layers.*.mixer.q_proj", "backbone.layers.0.mixer.experts.*"
     ]  # fmt: skip
     assert list(data["quantized_layers"]) == ["backbone.layers.2.mixer.up_proj"]
 
