@@ -87,8 +87,8 @@ class Slicing:
     """
 
     def __init__(self, parent: NemotronHConfig, widths: Mapping[str, object]):
-        if not isinstance(parent, NemotronHConfig):
-            raise ConfigError(f"only nemotron_h can be sliced, not {type(parent).__name__}")
+        if type(parent) is not NemotronHConfig:
+            raise ConfigError(f"only nemotron_h can be sliced, not {parent.model_type}")
         check_object(widths, "widths")
         self.parent, self._letters = parent, parent.pattern + parent.mtp_pattern
         widths = dict(widths)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import families
 import hybrids
 import pytest
 import torch
@@ -291,10 +292,9 @@ def test_refusals_of_models():
         Slicing(hybrids.config("E"), {"moe_latent_size": 8})
     with pytest.raises(ConfigError, match="experts in 2 groups have no prefix"):
         Slicing(hybrids.config("E", n_group=2, topk_group=2), {"n_routed_experts": 6})
-    with pytest.raises(ConfigError, match="only nemotron_h can be sliced, not Decoder"):
-        import decoders
-
-        Slicing(decoders.config("llama"), {})
+    for family in ("llama", "mamba2"):
+        with pytest.raises(ConfigError, match=f"only nemotron_h can be sliced, not {family}"):
+            Slicing(families.config(family), {})
 
 
 def test_widths_are_json():
