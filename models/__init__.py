@@ -10,6 +10,16 @@ from nemokernels.models.elastic import slice_checkpoint, slice_model
 from nemokernels.models.families import read_config
 from nemokernels.models.fields import ConfigError
 from nemokernels.models.files import CheckpointError
+from nemokernels.models.fp8 import (
+    Fp8Linear,
+    Fp8Recipe,
+    check_fp8,
+    convert_to_fp8,
+    fp8_report,
+    held_fp8_weights,
+    inner_layers,
+    update_fp8,
+)
 from nemokernels.models.generation import Generation, generate
 from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
@@ -28,13 +38,15 @@ from nemokernels.models.variants import Variant, find_variant, list_variants
 from nemokernels.models.vl_config import NemotronVLConfig, VisionConfig
 
 __all__ = [
-    "GPT",
     "CausalLM",
     "CheckpointError",
     "Clip",
     "ConfigError",
     "Decoder",
     "DecoderConfig",
+    "Fp8Linear",
+    "Fp8Recipe",
+    "GPT",
     "GPTConfig",
     "Generation",
     "ImageError",
@@ -50,12 +62,17 @@ __all__ = [
     "VisionConfig",
     "VisionPrompt",
     "build",
+    "check_fp8",
     "checkpoint_spec",
+    "convert_to_fp8",
     "exact",
     "find_variant",
+    "fp8_report",
     "from_megatron",
     "from_pretrained",
     "generate",
+    "held_fp8_weights",
+    "inner_layers",
     "list_variants",
     "load_clip",
     "load_image",
@@ -64,5 +81,6 @@ __all__ = [
     "save_pretrained",
     "slice_checkpoint",
     "slice_model",
+    "update_fp8",
     "vision_prompt",
 ]

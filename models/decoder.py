@@ -103,7 +103,7 @@ class FFN(nn.Module):
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
-            return self.down_proj(relu2(self.up_proj(x)))
+            return self.down_proj(self.up_proj(x), relu2)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

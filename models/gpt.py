@@ -65,7 +65,7 @@ class MLP(nn.Module):
         return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(self.dense_h_to_4h(x), self.act)
 
 
 class Layer(nn.Module):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from nemokernels.models.fp8 import Fp8State
 from nemokernels.models.norms import LayerNorm, RMSNorm
 
 __all__ = ["reset_parameters"]
@@ -22,7 +23,8 @@ def reset_parameters(model: nn.Module) -> None:
     into the residual stream are divided by the square root of the number of layers (the scheme of
     GPT-2) if the config's ``rescale_prenorm_residual`` says so; an MTP block counts its own layers.
     Mamba: A uniform in [1, 16], step sizes log-uniform in [time_step_min, time_step_max] and not
-    below time_step_floor, D one. Norms multiply by one; biases and buffers are zero.
+    below time_step_floor, D one. Norms multiply by one; biases and buffers are zero,
+    but for FP8's scales.
     """
     c, std = model.config, model.config.initializer_range
     unit = {  # what a norm stores to multiply by one
@@ -56,3 +58,6 @@ def reset_parameters(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=std)
     for buffer in model.buffers():
         buffer.zero_()
+    for module in model.modules():
+        if isinstance(module, Fp8State):
+            module.reset()

@@ -66,8 +66,11 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(
+        self, x: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The layer of x, or of ``act(x)``, which an FP8 layer need not store."""
+        return linear(x if act is None else act(x), self.weight, self.bias)
 
 
 class TiedHead(nn.Module):

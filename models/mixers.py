@@ -115,7 +115,7 @@ class MLP(nn.Module):
         return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.up_proj(x), self.act)
 
 
 class Router(Wide):
