@@ -1,13 +1,14 @@
 # make demo   install into .venv and run the main job: train, save, load, generate
 # make test   install into .venv and run the tests
-# Both work on a machine without a GPU and use one where there is one.
+# make gpu    on a machine with a GPU: self-tests, GPU tests and the bench, results in gpu-run/
+# The first two work on a machine without a GPU and use one where there is one.
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 DATA ?=
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: .venv/installed
 	.venv/bin/nemokernels demo $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -17,6 +18,9 @@ test: .venv/installed-test
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal tests/interpret
+
+gpu: .venv/installed-test
+	.ci/gpu gpu-run
 
 lint: .venv/installed-test
 	.venv/bin/ruff check --fix .

@@ -42,7 +42,7 @@ def assert_matches(
 
     Args:
         actual: what the kernel returned.
-        reference: the float64 oracle.
+        reference: the float64 oracle; the comparison is made on its device.
         low: the reference implementation run in the kernel's dtype with the documented cast points;
             its error against ``reference`` sets the budget.
         name: what the message calls it.
@@ -56,8 +56,8 @@ def assert_matches(
     assert actual.shape == reference.shape, f"{name}: shape {actual.shape} != {reference.shape}"
     if actual.numel() == 0:
         return 0.0
-    got, want = actual.detach().double().cpu(), reference.detach().double().cpu()
-    low = low.detach().cpu()
+    want = reference.detach().double()
+    got, low = (t.detach().to(want.device) for t in (actual.double(), low))
     finite = torch.isfinite(want)
     assert torch.equal(torch.isfinite(got), finite), f"{name}: finite masks differ"
     assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN masks differ"

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(p.parent for p in (ROOT / "nemokernels/ops").glob("*/__init__.py"))
 SOURCES = sorted(
-    p for folder in ("nemokernels", "models", "train") for p in (ROOT / folder).rglob("*.py")
+    p
+    for folder in ("nemokernels", "models", "train", "bench")
+    for p in (ROOT / folder).rglob("*.py")
 )
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
@@ -35,8 +37,9 @@ def imports(path):
 @pytest.mark.parametrize("folder", OPS, ids=lambda p: p.name)
 def test_op_folder_is_complete(folder):
     have = {p.name for p in folder.iterdir() if p.suffix == ".py"}
-    assert {"__init__.py", "ref.py", "op.py"} <= have
+    assert {"__init__.py", "ref.py", "op.py", "cost.py"} <= have
     assert (ROOT / "tests" / f"test_{folder.name}.py").exists()
+    assert (ROOT / "bench" / f"bench_{folder.name}.py").exists()
 
 
 @pytest.mark.parametrize("path", [ROOT / "setup.py", *SOURCES, *TESTS], ids=lambda p: p.name)
@@ -52,16 +55,19 @@ def test_native_files_stay_small(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_import_arrows(path):
-    """train -> models -> nemokernels; references know nothing of their registration."""
+    """train -> bench -> models -> nemokernels; references know nothing of their registration."""
     layer = path.relative_to(ROOT).parts[0]
     names = list(imports(path))
     if layer == "nemokernels":
-        assert not [n for n in names if n.startswith(("nemokernels.models", "nemokernels.train"))]
+        above = ("nemokernels.models", "nemokernels.train", "nemokernels.bench")
+        assert not [n for n in names if n.startswith(above)]
         if not path.name.startswith("kernel") and path.name != "_tl.py":
             assert not [n for n in names if n == "triton" or n.startswith("triton.")]
     if layer == "models":
-        assert not [n for n in names if n.startswith("nemokernels.train")]
+        assert not [n for n in names if n.startswith(("nemokernels.train", "nemokernels.bench"))]
         assert not [n for n in names if n.startswith("nemokernels.ops")], "use the public functions"
+    if layer == "bench":
+        assert not [n for n in names if n.startswith("nemokernels.train")]
     if path.name == "ref.py":
         assert not [n for n in names if re.fullmatch(r"nemokernels\.ops\.\w+\.(op|kernel).*", n)]
 

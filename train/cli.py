@@ -1,4 +1,4 @@
-"""The command line: ``nemokernels env | selftest | demo | train | generate | slice | build``."""
+"""The command line of nemokernels, a function per command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from nemokernels.bench.commands import bench
 from nemokernels.models import CheckpointError, ConfigError
 from nemokernels.train import report
 from nemokernels.train.checkpoint import ResumeError
@@ -60,6 +61,7 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "slice": slice_,
+    "bench": bench,
     "build": build,
 }
 

@@ -1,0 +1,102 @@
+"""The routed experts, given the route: training shapes, prefill and decoding."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from nemokernels import Route, moe_experts
+from nemokernels.bench.rows import Subject, model
+from nemokernels.ops.moe_experts import cost
+from nemokernels.ops.moe_route import ref as routing
+
+
+@functools.cache
+def logits(T: int, E: int) -> torch.Tensor:
+    """The same on every device, so that the experts it touches can be counted in advance."""
+    return torch.randn(T, E, generator=torch.Generator().manual_seed(0))
+
+
+def touched(T: int, E: int, k: int) -> int:
+    """How many experts the tokens of a row choose."""
+    if T >= 1024:
+        return E
+    return logits(T, E).topk(k).indices.unique().numel()
+
+
+def inputs(make, T, X, F, E, k):
+    scores = logits(T, E).to(make.device)
+    weights, experts, _, offsets, order = routing.forward(scores, None, k, 1, 1, True, 2.5)
+    return dict(x=make.randn(T, X), up=make.randn(E, F, X) * X**-0.5,
+                down=make.randn(E, X, F) * F**-0.5, weights=weights, experts=experts,
+                offsets=offsets, order=order)  # fmt: skip
+
+
+def ours(x, up, down, weights, experts, offsets, order):
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    return moe_experts(x, up, down, Route(weights, experts, counts, offsets, order))
+
+
+def eager(x, up, down, weights, experts, offsets, order):
+    token = order.long() // weights.shape[1]
+    hidden = F.relu(torch._grouped_mm(x[token], up.mT, offs=offsets)).square()
+    rows = torch._grouped_mm(hidden, down.mT, offs=offsets)
+    scaled = rows * weights.flatten()[order.long(), None]
+    return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, scaled.float()).to(x.dtype)
+
+
+def sonic_moe():
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs as peer
+
+    def run(x, up, down, weights, experts, offsets, order):
+        tokens, k = weights.shape
+        token = torch.arange(tokens, device=x.device, dtype=torch.int32).repeat_interleave(k)
+        return peer(x, weights.flatten(), token, experts.flatten(), up.permute(1, 2, 0), None,
+                    down.permute(1, 2, 0), None, up.shape[0],
+                    torch.cuda.current_stream().cuda_stream, ActivationType.RELU_SQ)[0]  # fmt: skip
+
+    return run
+
+
+def flashinfer():
+    from flashinfer.fused_moe import cutlass_fused_moe as peer
+    from flashinfer.fused_moe.core import ActivationType
+
+    def run(x, up, down, weights, experts, offsets, order):
+        out = peer(x, experts, weights, up, down, x.dtype, quant_scales=[],
+                   activation_type=ActivationType.Relu2)  # fmt: skip
+        return out[0] if isinstance(out, (list, tuple)) else out
+
+    return run
+
+
+def subject(**peers):
+    return Subject(
+        "moe_experts", "moe_experts", inputs=inputs, ours=ours, eager=eager, peers=peers,
+        wrt=("x", "up", "down", "weights"), tiny=dict(T=5, X=16, F=24, E=6, k=2),
+    )  # fmt: skip
+
+
+FORWARD = subject(sonic_moe=sonic_moe, flashinfer=flashinfer)
+BACKWARD = subject(sonic_moe=sonic_moe)  # flashinfer has none
+
+ROWS = []
+for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (1, 64, 16384)),
+                      ("ultra", (64,))):  # fmt: skip
+    config = model(short)
+    sizes = dict(X=config.moe_latent_size or config.hidden_size, F=config.moe_intermediate_size,
+                 E=config.n_routed_experts, k=config.num_experts_per_tok)  # fmt: skip
+    goals = {1: 0.85, 8: 0.97, 64: 0.97, 16384: 0.75}
+    for T in tokens:
+        used = touched(T, sizes["E"], sizes["k"])
+        counted = T, sizes["X"], sizes["F"], sizes["k"], used, 2, "bfloat16"
+        ROWS.append(FORWARD.row(f"{short} {T}", cost=cost.forward(*counted), goal=goals.get(T),
+                                quick=short == "nano3" and T != 1024, T=T, **sizes))  # fmt: skip
+        if (short, T) in (("nano3", 16384), ("nano3", 1024)):
+            ROWS.append(BACKWARD.row(f"{short} {T}", "backward", cost=cost.backward(*counted),
+                                     quick=T == 16384, T=T, **sizes))  # fmt: skip
+
+
+def test_bench(benchmark, row, measure):
+    measure(benchmark, row)

@@ -1,0 +1,52 @@
+"""``nemokernels bench``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from nemokernels.bench import compare as comparing
+from nemokernels.bench import report
+from nemokernels.bench.rows import rows
+from nemokernels.bench.run import NoDevice, open_clock, run
+
+
+def bench(
+    ops: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    quick: bool = False,
+    peers: bool = True,
+    minutes: float | None = None,
+    out: Path | None = None,
+    compare: tuple[Path, Path] | None = None,
+) -> int:
+    """Measure ops on the GPU at hand: check, time, print the table, write JSON and a roofline plot.
+
+    Exit code 1: a row failed its check, or there is no GPU. With --compare 1: something got worse.
+
+    Args:
+        ops: names of ops, as in bench_<op>.py; all without any.
+        quick: only the rows that goals are set for.
+        peers: time the peer libraries that are installed, beside torch.
+        minutes: start no row after so many.
+        out: folder for the results; bench/results without it.
+        compare: measure nothing; hold the second result file against the first.
+    """
+    if compare is not None:
+        return comparing.main([str(path) for path in compare])
+    chosen = rows(ops, quick=quick)
+    try:
+        clock = open_clock()
+    except NoDevice as error:
+        print(f"nemokernels bench: {error}", file=sys.stderr)
+        return 1
+    console = Console(width=None if sys.stdout.isatty() else 180, soft_wrap=True)
+    document = run(chosen, clock, with_peers=peers, minutes=minutes,
+                   say=lambda text: console.print(text, highlight=False, markup=False))  # fmt: skip
+    path = report.write(document, out)
+    report.show(document, console)
+    console.print(f"written to {path}", highlight=False)
+    return 1 if any("failed" in record for record in document["rows"]) else 0

@@ -1,0 +1,21 @@
+"""What quantisation to FP8 and the FP8 linear layer must move and multiply."""
+
+from __future__ import annotations
+
+from nemokernels._cost import Cost
+
+
+def quantize(elements: int, itemsize: int, transpose: bool = False) -> Cost:
+    """x read, the codes written once, or twice with the transpose."""
+    return Cost(elements * (itemsize + (2 if transpose else 1)))
+
+
+def linear(M: int, K: int, N: int, itemsize: int) -> Cost:
+    """(M, K) times (N, K)^T: x and weight read in their own dtype, y written."""
+    return Cost((M * K + N * K + M * N) * itemsize, 2 * M * K * N, "float8_e4m3fn")
+
+
+def linear_backward(M: int, K: int, N: int, itemsize: int) -> Cost:
+    """The 8-bit x and weight and dy read; dx and dweight written."""
+    moved = (M * N + M * K + N * K) * itemsize + M * K + N * K
+    return Cost(moved, 4 * M * K * N, "float8_e4m3fn")
