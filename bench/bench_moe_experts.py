@@ -24,17 +24,24 @@ def touched(T: int, E: int, k: int) -> int:
     return logits(T, E).topk(k).indices.unique().numel()
 
 
-def inputs(make, T, X, F, E, k):
+def route(make, T, E, k):
     scores = logits(T, E).to(make.device)
     weights, experts, _, offsets, order = routing.forward(scores, None, k, 1, 1, True, 2.5)
-    return dict(x=make.randn(T, X), up=make.randn(E, F, X) * X**-0.5,
-                down=make.randn(E, X, F) * F**-0.5, weights=weights, experts=experts,
-                offsets=offsets, order=order)  # fmt: skip
+    return dict(weights=weights, experts=experts, offsets=offsets, order=order)
 
 
-def ours(x, up, down, weights, experts, offsets, order):
+def as_route(weights, experts, offsets, order):
     counts = offsets.diff(prepend=offsets.new_zeros(1))
-    return moe_experts(x, up, down, Route(weights, experts, counts, offsets, order))
+    return Route(weights, experts, counts, offsets, order)
+
+
+def inputs(make, T, X, F, E, k):
+    return dict(x=make.randn(T, X), up=make.randn(E, F, X) * X**-0.5,
+                down=make.randn(E, X, F) * F**-0.5, **route(make, T, E, k))  # fmt: skip
+
+
+def ours(x, up, down, **route):
+    return moe_experts(x, up, down, as_route(**route))
 
 
 def eager(x, up, down, weights, experts, offsets, order):
@@ -81,21 +88,27 @@ def subject(**peers):
 FORWARD = subject(sonic_moe=sonic_moe, flashinfer=flashinfer)
 BACKWARD = subject(sonic_moe=sonic_moe)  # flashinfer has none
 
+
+def sizes(short: str) -> dict[str, int]:
+    """X, F, E and k of a model's routed experts."""
+    c = model(short)
+    return dict(X=c.moe_latent_size or c.hidden_size, F=c.moe_intermediate_size,
+                E=c.n_routed_experts, k=c.num_experts_per_tok)  # fmt: skip
+
+
 ROWS = []
 for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (1, 64, 16384)),
                       ("ultra", (64,))):  # fmt: skip
-    config = model(short)
-    sizes = dict(X=config.moe_latent_size or config.hidden_size, F=config.moe_intermediate_size,
-                 E=config.n_routed_experts, k=config.num_experts_per_tok)  # fmt: skip
     goals = {1: 0.85, 8: 0.97, 64: 0.97, 16384: 0.75}
     for T in tokens:
-        used = touched(T, sizes["E"], sizes["k"])
-        counted = T, sizes["X"], sizes["F"], sizes["k"], used, 2, "bfloat16"
+        shape = dict(T=T, **sizes(short))
+        used = touched(T, shape["E"], shape["k"])
+        counted = T, shape["X"], shape["F"], shape["k"], used, 2, "bfloat16"
         ROWS.append(FORWARD.row(f"{short} {T}", cost=cost.forward(*counted), goal=goals.get(T),
-                                quick=short == "nano3" and T != 1024, T=T, **sizes))  # fmt: skip
+                                quick=short == "nano3" and T != 1024, **shape))  # fmt: skip
         if (short, T) in (("nano3", 16384), ("nano3", 1024)):
             ROWS.append(BACKWARD.row(f"{short} {T}", "backward", cost=cost.backward(*counted),
-                                     quick=T == 16384, T=T, **sizes))  # fmt: skip
+                                     quick=T == 16384, **shape))  # fmt: skip
 
 
 def test_bench(benchmark, row, measure):

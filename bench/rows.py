@@ -19,25 +19,25 @@ import torch
 
 import nemokernels.bench
 from nemokernels._cost import Cost
-from nemokernels.models import list_variants
+from nemokernels.models.variants import find_config
 
 WAYS = ("forward", "backward", "both")  # "both" times a forward and its backward together
 
 # Short names of the released models whose shapes the rows use.
 MODELS = {
-    "nano3": "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
-    "super3": "NVIDIA-Nemotron-3-Super-120B-A12B-BF16",
-    "ultra": "NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16",
-    "h8b": "Nemotron-H-8B-Base-8K",
-    "h56b": "Nemotron-H-56B-Base-8K",
-    "nano4b": "NVIDIA-Nemotron-3-Nano-4B-BF16",
+    "nano3": "Nemotron 3 Nano 30B-A3B",
+    "super3": "Nemotron 3 Super 120B-A12B",
+    "ultra": "Nemotron 3 Ultra 550B-A55B",
+    "h8b": "Nemotron-H 8B",
+    "h56b": "Nemotron-H 56B",
+    "nano4b": "Nemotron 3 Nano 4B",
 }
 
 
 @functools.cache
 def model(short: str):
     """The configuration of one of ``MODELS``."""
-    return next(v.config for v in list_variants() if v.name.endswith(f"/{MODELS[short]}"))
+    return find_config(MODELS[short])
 
 
 def mamba(short: str) -> dict[str, int]:

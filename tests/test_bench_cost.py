@@ -19,8 +19,10 @@ from nemokernels.ops.mtp_verify import cost as verify
 from nemokernels.ops.nvfp4 import cost as nvfp4
 from nemokernels.ops.relu2 import cost as relu2
 from nemokernels.ops.rms_norm import cost as rms_norm
+from nemokernels.ops.selective_scan import cost as selective_scan
 from nemokernels.ops.ssd import cost as ssd
 from nemokernels.ops.state_update import cost as state_update
+from nemokernels.ops.w4a16 import cost as w4a16
 
 COPY, GEMM = 3.0e12, {"bfloat16": 784e12, "float8_e4m3fn": 1355e12}
 BF16 = dict(itemsize=2, unit="bfloat16")
@@ -111,8 +113,11 @@ def test_small_ones_by_hand():
     assert fp8.linear(2, 3, 4, 2).bytes == 2 * (6 + 12 + 8)
     assert fp8.linear_backward(2, 3, 4, 2).bytes == 2 * (8 + 6 + 12) + 6 + 12
     assert fp8.linear_backward(2, 3, 4, 2).flops == 2 * 2 * 24
-    assert nvfp4.linear(2, 16, 4, **BF16).bytes == 64 + 16 + 32 + 4
-    assert nvfp4.linear(2, 16, 4, **BF16).flops == 2 * 2 * 16 * 4
+    assert w4a16.linear(2, 16, 4, **BF16).bytes == 64 + 16 + 32 + 4
+    assert w4a16.linear(2, 16, 4, **BF16).flops == 2 * 2 * 16 * 4
+    # 2 rows of 3 tokens, 8 channels, 2 groups of states of 5: 16 bytes per token and vector.
+    assert selective_scan.forward(2, 3, 8, 2, 5, 2).bytes == 6 * (4 * 16 + 2 * 20) + 4 * 2 * 40
+    assert selective_scan.backward(2, 3, 8, 2, 5, 2).bytes == 6 * (7 * 16 + 4 * 20)
     assert verify.forward(2, 3, 10, 4, probs_itemsize=4).bytes == 320 + 80
     assert verify.forward(2, 0, 10, 4, probs_itemsize=4).bytes == 80
 
@@ -122,7 +127,7 @@ def test_experts_by_hand():
     forward = experts.forward(3, 4, 5, 2, 3, **BF16)
     assert forward.bytes == 24 + 24 + 3 * 2 * 20 * 2 + 3 * 6 * 4
     assert forward.flops == 6 * 2 * 2 * 20
-    narrow = experts.forward(3, 4, 5, 2, 3, **BF16, weight_itemsize=0.5625)
+    narrow = w4a16.experts(3, 4, 5, 2, 3, **BF16)
     assert forward.bytes - narrow.bytes == 3 * 2 * 20 * (2 - 0.5625)
     backward = experts.backward(3, 4, 5, 2, 3, **BF16)
     assert backward.bytes == 3 * 24 + 6 * 5 * 2 + 4 * 3 * 20 * 2 + 4 * 6 * 4

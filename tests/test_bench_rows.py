@@ -51,9 +51,9 @@ def test_row_builds_at_full_size(row):
     assert 1e-10 < floor < 0.1
     # What the function takes and returns at least is what any implementation moves.
     if row.way == "forward" and not row.subject.title.startswith("moe_experts"):
-        moved = {id(t): t.nbytes for t in check.tensors(inputs) + results}
-        assert row.cost.bytes <= 2 * sum(moved.values())
-        assert row.cost.bytes >= 0.3 * sum(moved.values())
+        inputs.pop("dense", None)  # for plain torch alone
+        whole = sum({id(t): t.nbytes for t in check.tensors(inputs) + results}.values())
+        assert 0.3 * whole <= row.cost.bytes <= 2 * whole
     assert row.goal is None or 0 < row.goal < 1
 
 
