@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 
 from nemokernels.models.families import Config, parse_config
 
-__all__ = ["Variant", "find_config", "find_variant", "list_variants"]
+__all__ = ["Precision", "Variant", "find_config", "find_variant", "list_variants"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which layers of a checkpoint are quantised.
+
+    Attributes:
+        rules: (pattern, algorithm): the first pattern that a linear layer's name matches decides:
+            BF16, FP8, NVFP4 or W4A16_NVFP4. Without a match it is BF16.
+        kv: of the key-value cache: bf16 or fp8.
+        ssm: of the SSM states: fp16, or None for what the configuration says.
+        assumed: what of this is not public but assumed, or None.
+    """
+
+    rules: tuple[tuple[str, str], ...]
+    kv: str
+    ssm: str | None = None
+    assumed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,8 @@ class Variant:
         config: its configuration, or None; then either ``arguments`` names the fields that are not
             public and must be given, or ``reason`` says why there is none.
         part: what ``config`` describes, where that is not the whole model.
+        precisions: "fp8" or "nvfp4" -> how its quantised checkpoint is quantised, where that is
+            known at least in part.
         unknown: what is not public of it.
     """
 
@@ -40,6 +61,7 @@ class Variant:
     arguments: tuple[str, ...] = ()
     reason: str | None = None
     part: str | None = None
+    precisions: Mapping[str, Precision] = field(default_factory=dict, hash=False)
     unknown: tuple[str, ...] = ()
 
     @property
@@ -74,7 +96,11 @@ def _variant(entry: dict[str, object]) -> Variant:
     config = None
     if "config" in entry and not lists["arguments"]:
         config = parse_config(entry["config"])
-    return Variant(**{**entry, **lists, "config": config})
+    precisions = {
+        name: Precision(**{**fields, "rules": tuple(map(tuple, fields["rules"]))})
+        for name, fields in entry.get("precisions", {}).items()
+    }
+    return Variant(**{**entry, **lists, "config": config, "precisions": precisions})
 
 
 def list_variants() -> list[Variant]:

@@ -17,7 +17,7 @@ from nemokernels.train.checkpoint import ResumeError
 from nemokernels.train.commands import generate, train
 from nemokernels.train.data import DataError
 from nemokernels.train.demo import demo
-from nemokernels.train.model_commands import slice_
+from nemokernels.train.model_commands import models, slice_
 
 # What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (CheckpointError, ConfigError, DataError, ResumeError, OSError, ValueError)
@@ -60,6 +60,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "models": models,
     "slice": slice_,
     "bench": bench,
     "build": build,
