@@ -26,6 +26,7 @@ from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.images import Clip, ImageError, load_clip, load_image
 from nemokernels.models.linear import exact
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.megatron import from_megatron, megatron_shapes
 from nemokernels.models.names import TensorSpec
 from nemokernels.models.nemotron_h import NemotronH
@@ -51,6 +52,7 @@ __all__ = [
     "Generation",
     "ImageError",
     "Mamba2Config",
+    "MambaConfig",
     "NemotronH",
     "NemotronHConfig",
     "NemotronVL",

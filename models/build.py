@@ -12,6 +12,7 @@ from nemokernels.models.families import Config
 from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.nemotron_vl import NemotronVL
 from nemokernels.models.variants import find_config
@@ -21,6 +22,7 @@ __all__ = ["build"]
 
 MODELS: dict[type[Config], type[CausalLM]] = {
     NemotronHConfig: NemotronH,
+    MambaConfig: NemotronH,
     Mamba2Config: NemotronH,
     DecoderConfig: Decoder,
     GPTConfig: GPT,

@@ -11,14 +11,16 @@ from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.fields import ConfigError, check_object, read_file, show
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.vl_config import MODEL_TYPE, NemotronVLConfig, refuse_sound
 
 __all__ = ["CONFIGS", "Config", "parse_config", "read_config", "unwrapped"]
 
-Config = NemotronHConfig | DecoderConfig | GPTConfig | NemotronVLConfig
+Config = NemotronHConfig | DecoderConfig | GPTConfig | MambaConfig | NemotronVLConfig
 CONFIGS: dict[str, type[Config]] = {
     "nemotron_h": NemotronHConfig,
     "nemotron_h_puzzle": NemotronHConfig,
+    "mamba": MambaConfig,
     "mamba2": Mamba2Config,
     **dict.fromkeys(decoder_config.FAMILIES, DecoderConfig),
     **dict.fromkeys(gpt_config.FAMILIES, GPTConfig),

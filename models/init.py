@@ -22,9 +22,10 @@ def reset_parameters(model: nn.Module) -> None:
     Linear layers, experts, routers and embeddings: normal(0, initializer_range). Weights that write
     into the residual stream are divided by the square root of the number of layers (the scheme of
     GPT-2) if the config's ``rescale_prenorm_residual`` says so; an MTP block counts its own layers.
-    Mamba: A uniform in [1, 16], step sizes log-uniform in [time_step_min, time_step_max] and not
-    below time_step_floor, D one. Norms multiply by one; biases and buffers are zero,
-    but for FP8's scales.
+    Mamba: step sizes log-uniform in [time_step_min, time_step_max] and not below time_step_floor, D
+    one. A is uniform in [1, 16] in Mamba-2; in Mamba-1 it is 1, 2, ... along the state, and the
+    projection of the steps is uniform in +- 1 / sqrt(its inputs). Norms multiply by one; biases and
+    buffers are zero, but for FP8's scales.
     """
     c, std = model.config, model.config.initializer_range
     unit = {  # what a norm stores to multiply by one
@@ -45,15 +46,17 @@ def reset_parameters(model: nn.Module) -> None:
         elif "conv1d" in name:
             bound = c.conv_kernel**-0.5
             nn.init.uniform_(parameter, -bound, bound)
+        elif leaf == "dt_bias" or name.endswith("dt_proj.bias"):
+            _init_steps(parameter, c)
         elif leaf == "bias":
             nn.init.zeros_(parameter)
+        elif leaf == "dt_proj":
+            bound = c.time_step_rank**-0.5
+            nn.init.uniform_(parameter, -bound, bound)
+        elif leaf == "A_log" and parameter.dim() == 2:
+            parameter.copy_(torch.arange(1, parameter.shape[1] + 1).log())
         elif leaf == "A_log":
             nn.init.uniform_(parameter, 1, 16).log_()
-        elif leaf == "dt_bias":
-            low = max(c.time_step_min, c.time_step_floor, torch.finfo(torch.float32).tiny)
-            nn.init.uniform_(parameter, math.log(low), math.log(max(low, c.time_step_max)))
-            dt = parameter.exp()
-            parameter.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         else:
             nn.init.normal_(parameter, std=std)
     for buffer in model.buffers():
@@ -61,3 +64,11 @@ def reset_parameters(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fp8State):
             module.reset()
+
+
+def _init_steps(bias: nn.Parameter, config) -> None:
+    low = max(config.time_step_min, config.time_step_floor, torch.finfo(torch.float32).tiny)
+    steps = torch.empty_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+    nn.init.uniform_(steps, math.log(low), math.log(max(low, config.time_step_max)))
+    dt = steps.exp()
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus

@@ -17,6 +17,7 @@ from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
+from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.vl_config import PREFIX, SHUFFLE, NemotronVLConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -163,7 +164,7 @@ def _gpt_shapes(config: GPTConfig) -> Shapes:
     yield from norm("ln_f")
 
 
-def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
+def _hybrid_shapes(config: NemotronHConfig | MambaConfig) -> Shapes:
     H, V = config.hidden_size, config.vocab_size
     yield "backbone.embeddings.weight", (V, H)
     for index, letter in enumerate(config.pattern):
@@ -186,7 +187,7 @@ def _hybrid_shapes(config: NemotronHConfig) -> Shapes:
             yield f"{prefix}.final_layernorm.weight", (H,)
 
 
-def _mixer(config: NemotronHConfig, letter: str, prefix: str) -> Shapes:
+def _mixer(config: NemotronHConfig | MambaConfig, letter: str, prefix: str) -> Shapes:
     H = config.hidden_size
     if letter == "M":
         heads = config.mamba_num_heads
@@ -203,6 +204,12 @@ def _mixer(config: NemotronHConfig, letter: str, prefix: str) -> Shapes:
         yield f"{prefix}.out_proj.weight", (H, inner)
         if config.use_bias:
             yield f"{prefix}.out_proj.bias", (H,)
+    elif letter == "m":
+        yield from _selective_scan(config, prefix)
+        for leaf, shape in (("in", (2 * config.d_inner, H)), ("out", (H, config.d_inner))):
+            yield f"{prefix}.{leaf}_proj.weight", shape
+            if config.use_bias:
+                yield f"{prefix}.{leaf}_proj.bias", shape[:1]
     elif letter == "*":
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
@@ -221,6 +228,18 @@ def _mixer(config: NemotronHConfig, letter: str, prefix: str) -> Shapes:
         if latent is not None:
             yield f"{prefix}.fc1_latent_proj.weight", (latent, H)
             yield f"{prefix}.fc2_latent_proj.weight", (H, latent)
+
+
+def _selective_scan(config: MambaConfig, prefix: str) -> Shapes:
+    inner, state, rank = config.d_inner, config.state_size, config.time_step_rank
+    yield f"{prefix}.conv1d.weight", (inner, 1, config.conv_kernel)
+    if config.use_conv_bias:
+        yield f"{prefix}.conv1d.bias", (inner,)
+    yield f"{prefix}.x_proj.weight", (rank + 2 * state, inner)
+    yield f"{prefix}.dt_proj.weight", (inner, rank)
+    yield f"{prefix}.dt_proj.bias", (inner,)
+    yield f"{prefix}.A_log", (inner, state)
+    yield f"{prefix}.D", (inner,)
 
 
 def _mlp(prefix: str, width: int, inner: int) -> Shapes:
@@ -251,6 +270,7 @@ def _vl_shapes(config: NemotronVLConfig) -> Shapes:
 
 _FAMILIES = {
     NemotronHConfig: (_NEMOTRON_H, _hybrid_shapes),
+    MambaConfig: (_NEMOTRON_H, _hybrid_shapes),
     Mamba2Config: (_NEMOTRON_H, _hybrid_shapes),
     DecoderConfig: (_DECODER, _decoder_shapes),
     GPTConfig: (_GPT, _gpt_shapes),

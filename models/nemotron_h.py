@@ -1,4 +1,4 @@
-"""The Nemotron-H model: one mixer per layer, Mamba-2, attention, MLP or mixture of experts.
+"""The Nemotron-H model: one mixer per layer, Mamba-2 or -1, attention, MLP or experts.
 
 Every layer is ``x + mixer(norm(x))``. Shapes: B rows, T tokens, H hidden size, V vocabulary.
 """
@@ -13,6 +13,8 @@ from nemokernels._registry import acc_dtype
 from nemokernels.models.causal_lm import INTEGERS, CausalLM
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.linear import Linear, TiedHead
+from nemokernels.models.mamba1 import Mamba1
+from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE
 from nemokernels.models.norms import RMSNorm, normed_sum
 from nemokernels.models.runs import Run
@@ -33,6 +35,8 @@ class Layer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **kwargs)
         if letter == "M":
             self.mixer = Mamba2(config, index, **kwargs)
+        elif letter == "m":
+            self.mixer = Mamba1(config, index, **kwargs)
         elif letter == "*":
             self.mixer = Attention(config, index, **kwargs)
         elif letter == "E":
@@ -97,7 +101,7 @@ class MTP(nn.Module):
 
 
 class NemotronH(CausalLM):
-    """A Nemotron-H or a plain Mamba-2 language model.
+    """A Nemotron-H, a plain Mamba-2 or a plain Mamba-1 language model.
 
     Args:
         config: its sizes.
@@ -108,7 +112,7 @@ class NemotronH(CausalLM):
 
     def __init__(
         self,
-        config: NemotronHConfig,
+        config: NemotronHConfig | MambaConfig,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -22,6 +22,7 @@ from nemokernels import (
     causal_conv1d_fn,
     causal_conv1d_update,
     mamba_chunk_scan_combined,
+    selective_scan_fn,
     selective_state_update,
 )
 from nemokernels._activations import softplus
@@ -41,6 +42,9 @@ class Run(Protocol):
 
     def scan(self, layer, x, dt, A, B, C, *, D, dt_bias) -> torch.Tensor:
         """Mamba-2 scan of x (B, T, heads, head_dim)."""
+
+    def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z) -> torch.Tensor:
+        """Mamba-1 scan of x (B, T, channels), gated by z."""
 
     def attend(self, layer, q, k, v, **bias) -> torch.Tensor:
         """Causal attention of q (B, T, heads, head_dim); ``bias`` as ``attention`` takes it."""
@@ -69,6 +73,9 @@ class Packed:
             x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True,
             dt_limit=self.config.time_step_limit, cu_seqlens=self.cu_seqlens,
         )  # fmt: skip
+
+    def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):
+        return _selective_scan(x, dt, A, B, C, D, z, dt_bias, cu_seqlens=self.cu_seqlens)[0]
 
     def attend(self, layer, q, k, v, **bias):
         return attention(q, k, v, cu_seqlens=self.cu_seqlens, **bias)
@@ -149,17 +156,35 @@ class Prefill:
         return y.transpose(1, 2).reshape(x.shape)
 
     def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
-        cache, shape = self.state.ssm[layer], x.shape
-        initial = cache.new_zeros(len(self.starts), *cache.shape[2:])
-        initial[self.sequences] = cache[self.places, self.current]
+        shape = x.shape
         x, dt, B, C = (t.flatten(0, 1)[None] for t in (x, dt, B, C))
         y, final = mamba_chunk_scan_combined(
-            x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias, initial_states=initial,
-            cu_seqlens=self.cu_seqlens, dt_softplus=True, dt_limit=self.config.time_step_limit,
-            return_final_states=True,
+            x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias,
+            initial_states=self._initial(layer), cu_seqlens=self.cu_seqlens, dt_softplus=True,
+            dt_limit=self.config.time_step_limit, return_final_states=True,
         )  # fmt: skip
-        cache[self.places, 0] = final[self.sequences].to(cache.dtype)
+        self._keep(layer, final)
         return y.view(shape)
+
+    def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):
+        x, dt, B, C, rows = (t.flatten(0, 1)[None] for t in (x, dt, B, C, z))
+        initial = self._initial(layer).squeeze(1)
+        y, final = _selective_scan(
+            x, dt, A, B, C, D, rows, dt_bias, initial_states=initial, cu_seqlens=self.cu_seqlens
+        )
+        self._keep(layer, final[:, None])
+        return y.reshape(z.shape)
+
+    def _initial(self, layer) -> torch.Tensor:
+        """SSM states of all sequences; zeros for those without a slot."""
+        cache = self.state.ssm[layer]
+        initial = cache.new_zeros(len(self.starts), *cache.shape[2:])
+        initial[self.sequences] = cache[self.places, self.current]
+        return initial
+
+    def _keep(self, layer, final: torch.Tensor) -> None:
+        cache = self.state.ssm[layer]
+        cache[self.places, 0] = final[self.sequences].to(cache.dtype)
 
     def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]
@@ -220,49 +245,52 @@ class Decode:
         return y.transpose(1, 2)
 
     def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
-        ssm, (rows, tokens, heads, width) = self.state.ssm[layer], x.shape
-        per_slot = ssm.shape[1]
-        places = self.slots[:, None] * per_slot + torch.arange(
-            per_slot, dtype=torch.int32, device=x.device
-        )
         low, high = self.config.time_step_limit
         if (low, high) != (0.0, float("inf")):  # the recurrent kernel has no limit of its own
             dt = softplus(dt.to(acc_dtype(x)) + dt_bias).clamp(low, high)
             dt_bias = torch.zeros_like(dt_bias)
-        update = functools.partial(
-            selective_state_update,
-            ssm.flatten(0, 1),
+        return self._steps(
+            layer,
+            dict(x=x, dt=dt[..., None], B=B, C=C),
             A=A[:, None, None],
             D=D[:, None],
             dt_bias=dt_bias[:, None],
             dt_softplus=(low, high) == (0.0, float("inf")),
         )
+
+    def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):
+        one_head = {name: t.unsqueeze(2) for name, t in dict(x=x, dt=dt, B=B, C=C, z=z).items()}
+        small = dict(A=A[None], D=D[None], dt_bias=dt_bias[None])
+        return self._steps(layer, one_head, **small, dt_softplus=True).squeeze(2)
+
+    def _steps(self, layer, packed: dict[str, torch.Tensor], **small) -> torch.Tensor:
+        """Step the layer's states through the tokens of ``packed``, each (rows, tokens, ...)."""
+        ssm, x = self.state.ssm[layer], packed["x"]
+        rows, tokens = x.shape[:2]
+        per_slot = ssm.shape[1]
+        places = self.slots[:, None] * per_slot + torch.arange(
+            per_slot, dtype=torch.int32, device=x.device
+        )
         places = torch.where(self.slots[:, None] < 0, -1, places)
+        update = functools.partial(selective_state_update, ssm.flatten(0, 1), **small)
         if is_exact():
-            return self._one_by_one(update, (x, dt[..., None], B, C), places)
-        x, dt, B, C = (t.flatten(0, 1) for t in (x, dt[..., None], B, C))
+            return self._one_by_one(update, packed, places)
         return update(
-            x=x,
-            dt=dt,
-            B=B,
-            C=C,
+            **{name: t.flatten(0, 1) for name, t in packed.items()},
             state_batch_indices=places,
             num_accepted_tokens=self.accepted,
             cu_seqlens=tokens * torch.arange(rows + 1, dtype=torch.int32, device=x.device),
-        ).view(rows, tokens, heads, width)
+        ).view(x.shape)
 
     def _one_by_one(self, update, packed, places) -> torch.Tensor:
         # Each token starts from the stored state of the one before, as in separate calls: a 16-bit
         # state is rounded at every token.
         out = []
-        for token, (x, dt, B, C) in enumerate(zip(*(t.unbind(1) for t in packed))):
+        for token in range(packed["x"].shape[1]):
             start = torch.full_like(self.accepted, token) if token else self.accepted
             out.append(
                 update(
-                    x=x,
-                    dt=dt,
-                    B=B,
-                    C=C,
+                    **{name: t[:, token] for name, t in packed.items()},
                     state_batch_indices=places,
                     num_accepted_tokens=start,
                     dst_state_batch_indices=places[:, token : token + 1],
@@ -280,6 +308,15 @@ class Decode:
     def commit(self):
         if not self.mtp:
             self.state.pending = (self.slots, self.length)
+
+
+def _selective_scan(x, dt, A, B, C, D, z, dt_bias, **options):
+    """selective_scan_fn of tensors (B, T, channels); also the last states."""
+    x, dt, B, C, z = (t.transpose(1, 2) for t in (x, dt, B, C, z))
+    y, last = selective_scan_fn(
+        x, dt, A, B, C, D, z, dt_bias, delta_softplus=True, return_last_state=True, **options
+    )
+    return y.transpose(1, 2), last
 
 
 def _sequence(cu_seqlens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,9 @@ FIELDS = {
     "mamba2": dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16,
                    state_size=16, n_groups=2, chunk_size=8, layer_norm_epsilon=1e-3,
                    initializer_range=0.02, model_type="mamba2"),
+    "mamba": dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, state_size=4,
+                  time_step_rank=3, layer_norm_epsilon=1e-3, initializer_range=0.02,
+                  tie_word_embeddings=False, model_type="mamba"),
 }  # fmt: skip
 FAMILIES = list(FIELDS)
 DECODERS = ["llama", "mistral", "nemotron", "nemotron-nas"]

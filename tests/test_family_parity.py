@@ -17,6 +17,7 @@ CLASSES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "nemotron": (transformers.NemotronConfig, transformers.NemotronForCausalLM),
     "bloom": (transformers.BloomConfig, transformers.BloomForCausalLM),
+    "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
     "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
 }
 VARIANTS = {
@@ -31,6 +32,12 @@ VARIANTS = {
     "bloom": ("bloom", {}),
     "bloom eight heads": ("bloom", dict(n_head=8)),
     "bloom one head": ("bloom", dict(n_head=1, n_layer=1)),
+    "mamba": ("mamba", {}),
+    "mamba with biases, tied": (
+        "mamba",
+        dict(use_bias=True, use_conv_bias=False, tie_word_embeddings=True, conv_kernel=3),
+    ),
+    "mamba odd sizes": ("mamba", dict(expand=3, time_step_rank="auto", state_size=5)),
     "mamba2": ("mamba2", {}),
     "mamba2 with biases, tied": (
         "mamba2",
@@ -133,6 +140,21 @@ MISTAKES = {
         "transformer.h.2.mlp.dense_4h_to_h.bias": lambda t: t.zero_(),
         "transformer.ln_f.weight": lambda t: t.fill_(1),
         "transformer.ln_f.bias": lambda t: t.zero_(),
+    },
+    "mamba": {
+        "backbone.embeddings.weight": lambda t: t.mul_(1.05),
+        "backbone.layers.0.norm.weight": lambda t: t.fill_(1),
+        "backbone.layers.0.mixer.in_proj.weight": lambda t: t.copy_(t.roll(64, 0)),  # gate first
+        "backbone.layers.1.mixer.conv1d.weight": lambda t: t.copy_(t.flip(-1)),
+        "backbone.layers.1.mixer.conv1d.bias": lambda t: t.zero_(),
+        "backbone.layers.1.mixer.x_proj.weight": lambda t: t.copy_(t.roll(4, 0)),
+        "backbone.layers.1.mixer.dt_proj.weight": lambda t: t.copy_(t.roll(1, 1)),
+        "backbone.layers.2.mixer.dt_proj.bias": lambda t: t.add_(1),
+        "backbone.layers.1.mixer.A_log": lambda t: t.copy_(t.roll(1, 1)),
+        "backbone.layers.1.mixer.D": lambda t: t.zero_(),
+        "backbone.layers.2.mixer.out_proj.weight": lambda t: t.mul_(1.05),
+        "backbone.norm_f.weight": lambda t: t.sub_(0.1),
+        "lm_head.weight": lambda t: t.copy_(t.roll(1, 0)),
     },
     "mamba2": {
         "backbone.embeddings.weight": lambda t: t.mul_(1.05),
