@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from nemokernels import testing
+from nemokernels import _build, _ext, testing
 
 torch.set_num_threads(1)
 
@@ -31,6 +31,24 @@ def _poison():
     """torch.empty returns NaN in every test, so that an unwritten element is seen."""
     with testing.poisoned_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory):
+    """csrc/ compiled for the CPU, loaded. Named by its sources' hash: workers and runs share it."""
+    folder = tmp_path_factory.getbasetemp().parent / "nemokernels-build"
+    folder.mkdir(exist_ok=True)
+    torch.ops.load_library(_build.build_host(folder))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def native_device(request):
+    """Where the kernels of csrc/ run: as loops on the CPU and, with a GPU, as they are."""
+    if request.param == "cpu":
+        request.getfixturevalue("host_library")
+    else:
+        assert _ext.reason(torch.device("cuda")) is None
+    return torch.device(request.param)
 
 
 @pytest.fixture

@@ -7,27 +7,15 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from nemokernels import _build, _ext, causal_conv1d_fn, testing, use_backend
+from nemokernels import causal_conv1d_fn, testing, use_backend
 from nemokernels.ops.causal_conv1d import kernel, op, ref
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory):
-    # Named by the hash of the sources, so workers and runs may share it.
-    folder = tmp_path_factory.getbasetemp().parent / "nemokernels-build"
-    folder.mkdir(exist_ok=True)
-    torch.ops.load_library(_build.build_host(folder))
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        request.getfixturevalue("host_library")
-    else:
-        assert _ext.reason(torch.device("cuda")) is None
-    return torch.device(request.param)
+@pytest.fixture
+def device(native_device):
+    return native_device
 
 
 def to(device, tree):

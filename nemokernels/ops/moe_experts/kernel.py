@@ -241,6 +241,23 @@ def moe_experts_slot_sum_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
+def tile_table(offsets, slots, rows):
+    """Expert (-1 for none) and first row of every tile of ``rows`` rows, int32; offsets contiguous.
+
+    As many as any routing of so many slots may need: each expert with rows leaves at most one tile
+    unfilled.
+    """
+    experts = offsets.shape[0]
+    count = slots // rows + min(slots, experts)
+    expert, row = offsets.new_empty(count), offsets.new_empty(count)
+    if count:
+        moe_experts_tiles_kernel[(cdiv(count, TABLE_BLOCK),)](
+            offsets, expert, row, count, experts, BLOCK_M=rows,
+            LANES=_triton.next_power_of_2(experts), BLOCK=TABLE_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return expert, row
+
+
 def forward(x, up, down, weights, offsets, order, config):
     """As ref.forward."""
     x, weights = _rows(x), weights.contiguous()
@@ -248,7 +265,7 @@ def forward(x, up, down, weights, offsets, order, config):
     tiles = _Tiles(offsets, order, top_k, config)
     hidden = tiles.multiply(x, up.mT, x.new_empty(slots, up.shape[1]), "up", True)
     out = tiles.multiply(hidden, down.mT, x.new_empty(slots, x.shape[1]), "slots", False)
-    return _slot_sum(out, weights, x.new_empty(x.shape)), hidden
+    return slot_sum(out, weights, x.new_empty(x.shape)), hidden
 
 
 def backward(dy, x, up, down, weights, offsets, order, hidden, config):
@@ -262,7 +279,7 @@ def backward(dy, x, up, down, weights, offsets, order, hidden, config):
     tiles.multiply(dy, down, da, "dhidden", True, weights, hidden, partial)
     dweights = column_sum(partial, weights.new_empty(weights.shape).view(-1)).view_as(weights)
     out = tiles.multiply(da, up, x.new_empty(slots, x.shape[1]), "slots", False)
-    dx = _slot_sum(out, weights, x.new_empty(x.shape), weighted=False)
+    dx = slot_sum(out, weights, x.new_empty(x.shape), weighted=False)
     del out
     dup = _weight_grad(da, x, up, weights, offsets, order, config.weights, down=False)
     ddown = _weight_grad(dy, hidden, down, weights, offsets, order, config.weights, down=True)
@@ -276,15 +293,8 @@ class _Tiles:
         self.offsets, self.order = offsets.contiguous(), order.contiguous()
         self.top_k, self.shape = top_k, config.rows
         self.tma = config.tma and not config.rows.swap
-        slots, experts = order.shape[0], offsets.shape[0]
-        # Each expert with rows leaves at most one tile unfilled.
-        self.count = slots // self.shape.rows + min(slots, experts)
-        self.expert, self.row = (offsets.new_empty(self.count) for _ in range(2))
-        if self.count:
-            moe_experts_tiles_kernel[(cdiv(self.count, TABLE_BLOCK),)](
-                self.offsets, self.expert, self.row, self.count, experts, BLOCK_M=self.shape.rows,
-                LANES=_triton.next_power_of_2(experts), BLOCK=TABLE_BLOCK, num_warps=4,
-            )  # fmt: skip
+        self.expert, self.row = tile_table(self.offsets, order.shape[0], self.shape.rows)
+        self.count = self.expert.shape[0]
 
     def multiply(self, a, b, out, part, gather, weights=None, hidden=None, partial=None):
         """out = part(a_r @ b_e), b (E, depth, width) of any strides. Returns ``out``."""
@@ -329,7 +339,7 @@ def _weight_grad(a, b, like, weights, offsets, order, shape, down):
     return out
 
 
-def _slot_sum(slots, weights, out, weighted=True):
+def slot_sum(slots, weights, out, weighted=True):
     """The sum of each token's slots (R, X), weighted or plain. Returns ``out``."""
     tokens, width = out.shape
     block = min(_triton.next_power_of_2(width), 2048)

@@ -1,0 +1,261 @@
+// A block multiplies 32 rows of a weight by kColumns rows of x. Its warps take the 64-column units
+// of the weight in turn; a lane owns a row of x and a block of 16 weights in two rows, so that it
+// needs two block scales per unit and its share of x is 32 neighbouring bytes.
+//
+// E2M1's magnitude bits become the low exponent bits and the leading significand bit of a 16-bit
+// float. That value is 2^-126 (bfloat16) or 2^-14 (float16) too small; the block scale is multiplied
+// by 2^119 or 2^7 first, and the 2^7 that are left join the global scale. Every factor and product
+// is exact. The order of k inside a matrix product is free, and here is that of the nibbles.
+#pragma once
+
+#include "nemo/vec.h"
+#include "nemo/warp.h"
+#include "w4a16/w4a16.h"
+
+namespace nemo::w4a16 {
+
+template <class T, int kColumns>
+struct ProductKernel {
+  using Params = Product;
+  static constexpr int kWarps = 4, kRowTiles = 2, kPieces = kColumns / 8;
+  static constexpr int kAhead = kColumns == 32 ? 1 : 2;  // units loaded before they are used
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kMinBlocks = kColumns == 8 ? 7 : kColumns == 16 ? 5 : 4;
+  static constexpr bool kReduces = true;
+
+  struct Shared {
+    float sum[kWarps][16 * kRowTiles][kColumns + 1];
+  };
+
+  // Where a block works; expert < 0: nowhere.
+  struct Place {
+    int64_t expert, first, end, row_block;
+  };
+
+  static NEMO_HD Place place(const Params& p, int64_t block) {
+    const int64_t row_blocks = ceil_div(p.width, 16 * kRowTiles), tile = block / row_blocks;
+    Place at{0, tile * kColumns, p.rows, block % row_blocks};
+    if (p.part != Part::kPlain) {
+      at.expert = p.tile_expert[tile];
+      if (at.expert < 0 || at.expert >= p.experts) return {-1, 0, 0, 0};
+      at.first = p.tile_row[tile];
+      at.end = smaller<int64_t>(p.offsets[at.expert], p.rows);
+    }
+    return at;
+  }
+
+  // The slot of a row; -1 where it has none.
+  static NEMO_HD int64_t slot_of(const Params& p, const Place& at, int64_t row) {
+    if (row < 0 || row >= at.end) return -1;
+    if (p.part == Part::kPlain) return row;
+    const int64_t slot = p.order[row];
+    return slot < p.rows ? slot : -1;
+  }
+
+  struct Words {
+    uint32_t x, y;
+  };
+
+  struct Loaded {
+    Words codes[kRowTiles][2];      // rows g and g + 8 of a tile
+    uint32_t scales[kRowTiles];     // of the same, in the low bytes
+    Vec<T, 8> x[kPieces][2];
+  };
+
+  static NEMO_HD void walk(const Params& p, int64_t block, int thread, Shared& shared) {
+    const Place at = place(p, block);
+    if (at.expert < 0 || !leads_warp(thread)) return;
+    const int warp = thread / kLanes, depth = int(p.depth), units = int(ceil_div(p.depth, 64));
+    const int64_t tiles = ceil_div(p.width, 16), first_tile = at.row_block * kRowTiles;
+    const int tiles_here = int(smaller<int64_t>(tiles - first_tile, kRowTiles));
+    const int64_t base = (at.expert * tiles + first_tile) * units;
+
+    PerLane<const T*> x[kPieces];
+    PerLane<const uint8_t*> codes, scales;
+    each_lane(thread, [&](int lane) {
+      codes[lane] = p.codes + base * 512 + lane * 8;
+      scales[lane] = p.scales + base * 64 + lane;
+#pragma unroll
+      for (int c = 0; c < kPieces; ++c) {
+        const int64_t row = at.first + 8 * c + lane / 4, slot = slot_of(p, at, row);
+        const int64_t source = p.part == Part::kUp ? slot / p.top_k : row;
+        x[c][lane] = slot < 0 ? nullptr : static_cast<const T*>(p.x) + source * p.x_row;
+      }
+    });
+    PerLane<FragmentC> acc[kRowTiles][kPieces];
+    each_lane(thread, [&](int lane) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles * kPieces * 4; ++i) {
+        acc[i / (kPieces * 4)][i / 4 % kPieces][lane].value[i % 4] = 0.0f;
+      }
+    });
+
+#pragma unroll 1
+    for (int first = warp; first < units; first += kWarps * kAhead) {
+      PerLane<Loaded> loaded[kAhead];
+      each_lane(thread, [&](int lane) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int unit = first + i * kWarps;
+          Loaded& in = loaded[i][lane];
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            const bool inside = unit < units && r < tiles_here;
+            const int64_t skip = r * units + unit;
+            load_weights(inside, codes[lane] + skip * 512, scales[lane] + skip * 64, in.codes[r],
+                         in.scales[r]);
+          }
+          const int k = unit * 64 + 16 * (lane % 4);
+#pragma unroll
+          for (int c = 0; c < kPieces; ++c) {
+            const bool inside = k < depth && x[c][lane] != nullptr;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              in.x[c][h] = inside ? load_vec<true, 8>(x[c][lane] + k + 8 * h, 8) : Vec<T, 8>{};
+            }
+          }
+        }
+      });
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            PerLane<FragmentA> a;
+            each_lane(thread, [&](int lane) {
+              const Loaded& in = loaded[i][lane];
+              a[lane] = weights(in.codes[r], in.scales[r], step);
+            });
+#pragma unroll
+            for (int c = 0; c < kPieces; ++c) {
+              PerLane<FragmentB> b;
+              each_lane(thread, [&](int lane) { b[lane] = columns(loaded[i][lane].x[c], step); });
+              multiply_add<T>(acc[r][c], a, b);
+            }
+          }
+        }
+      }
+    }
+    each_lane(thread, [&](int lane) {
+      const int g = lane / 4, t = lane % 4;
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int c = 0; c < kPieces; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            shared.sum[warp][16 * r + g + i / 2 * 8][8 * c + 2 * t + i % 2] =
+                acc[r][c][lane].value[i];
+          }
+        }
+      }
+    });
+  }
+
+  // The warps' sums, added in order; scale, epilogue, one cast.
+  static NEMO_HD void finish(const Params& p, int64_t block, int thread, Shared& shared) {
+    const Place at = place(p, block);
+    if (at.expert < 0) return;
+    const float scale = p.global_scale[at.expert] * 128.0f;
+#pragma unroll
+    for (int i = thread; i < 16 * kRowTiles * kColumns; i += kThreads) {
+      const int r = i % (16 * kRowTiles), c = i / (16 * kRowTiles);
+      const int64_t n = at.row_block * (16 * kRowTiles) + r, row = at.first + c;
+      const int64_t slot = slot_of(p, at, row);
+      if (n >= p.width || slot < 0) continue;
+      float v = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) v += shared.sum[w][r][c];
+      v *= scale;
+      if (p.part == Part::kUp) {
+        v = v < 0.0f ? 0.0f : v;  // NaN stays
+        v *= v;
+      }
+      static_cast<T*>(p.out)[offset(p.part == Part::kSlots ? slot : row, p.width, n, 1)] =
+          from_float<T>(v);
+    }
+  }
+
+ private:
+  // Block t of rows g and g + 8 of a unit: 8 bytes and one scale each; zeros outside.
+  static NEMO_HD void load_weights(bool inside, const uint8_t* from, const uint8_t* scale,
+                                   Words (&codes)[2], uint32_t& scales) {
+    codes[0] = codes[1] = {0, 0};
+    scales = 0;
+    if (!inside) return;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(codes[h].x), "=r"(codes[h].y)
+                   : "l"(from + h * 256));
+    }
+    scales = uint32_t(__ldcs(scale)) | uint32_t(__ldcs(scale + 32)) << 8;
+#else
+    for (int h = 0; h < 2; ++h) std::memcpy(&codes[h], from + h * 256, sizeof codes[h]);
+    scales = uint32_t(scale[0]) | uint32_t(scale[32]) << 8;
+#endif
+  }
+
+  // The weights of one matrix product: elements 0, 2, 8, 10 of the block (step 0), 1, 3, 9, 11, then
+  // the same past element 4.
+  static NEMO_HD FragmentA weights(const Words (&codes)[2], uint32_t scales, int step) {
+    FragmentA out;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float s = e4m3(scales >> 8 * h & 255) * (kBrain ? 0x1p119f : 0x1p7f);
+      const uint32_t scale = pack_halves<T>(s, s), word = step < 2 ? codes[h].x : codes[h].y;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        out.pair[2 * i + h] = multiply_halves<T>(widened(word, 2 * (step % 2) + i), scale);
+      }
+    }
+    return out;
+  }
+
+  // The columns of x that meet them: halves of words 0 and 1, 4 and 5, or 2 and 3, 6 and 7.
+  static NEMO_HD FragmentB columns(const Vec<T, 8> (&x)[2], int step) {
+    FragmentB out;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t a = x[i].word[step / 2 * 2], b = x[i].word[step / 2 * 2 + 1];
+      out.pair[i] = step % 2 ? a >> 16 | (b & 0xFFFF0000u) : (a & 0xFFFFu) | b << 16;
+    }
+    return out;
+  }
+
+  static constexpr bool kBrain = std::is_same_v<T, bf16>;
+
+  // Nibbles i and i + 4 of a word as 16-bit floats, too small by the power of two above.
+  static NEMO_HD uint32_t widened(uint32_t word, int i) {
+    constexpr int kTop = kBrain ? 8 : 11;  // where the magnitude's highest bit goes
+    constexpr uint32_t kMagnitude = kBrain ? 0x01C001C0u : 0x0E000E00u;
+    const int up = kTop - (4 * i + 2);
+    return (word << (12 - 4 * i) & 0x80008000u) |
+           ((up >= 0 ? word << up : word >> -up) & kMagnitude);
+  }
+
+  static NEMO_HD float e4m3(uint32_t code) {
+#ifdef __CUDA_ARCH__
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(code)));
+    return __half2float(__ushort_as_half(uint16_t(halves)));
+#else
+    const uint32_t magnitude = code & 0x7F;
+    float value = magnitude < 8 ? float(magnitude) * 0x1p-9f
+                                : bits_to_float((magnitude << 20) + (120u << 23));
+    if (magnitude == 0x7F) value = NAN;
+    return code & 0x80 ? -value : value;
+#endif
+  }
+};
+
+template <class T, int kColumns>
+void run_product(const Product& p, Stream stream) {
+  using Kernel = ProductKernel<T, kColumns>;
+  const int64_t tiles = p.part == Part::kPlain ? ceil_div(p.rows, kColumns) : p.tiles;
+  launch<Kernel>(p, tiles * ceil_div(p.width, 16 * Kernel::kRowTiles), stream);
+}
+
+}  // namespace nemo::w4a16

@@ -1,0 +1,38 @@
+// Products of a few rows with NVFP4 weights: parameters and the function that launches them.
+//
+// A weight (width, depth) lies in tiles of 16 rows and 64 columns, zero-padded: codes
+// (width/16, depth/64, 16, 32) and E4M3 block scales (width/16, depth/64, 16, 4), bytes. In a block
+// of 16 elements byte i holds element i in its low and element i + 8 in its high nibble.
+#pragma once
+
+#include "nemo/launch.h"
+
+namespace nemo::w4a16 {
+
+enum class Part : int32_t {
+  kPlain,  // one weight, a row of x per row of out
+  kUp,     // experts; x has a row per token; relu squared
+  kSlots,  // experts; a row goes where its slot is
+};
+
+struct Product {
+  int64_t rows, width, depth;
+  const void* x;  // rows of depth elements, aligned to 16 bytes
+  int64_t x_row;
+  const uint8_t *codes, *scales;
+  const float* global_scale;  // one per expert
+  void* out;                  // (rows, width) contiguous
+  Part part;
+
+  // Of experts: the slot of each row, the end of each expert's rows, tiles of rows (expert or -1,
+  // first row).
+  const int32_t *order, *offsets, *tile_expert, *tile_row;
+  int64_t experts, tiles;
+  int64_t top_k;
+};
+
+// T is nemo::bf16 or nemo::fp16; kColumns rows of x per block: 8, 16 or 32.
+template <class T, int kColumns>
+void run_product(const Product&, Stream);
+
+}  // namespace nemo::w4a16

@@ -1,0 +1,9 @@
+#include "w4a16/product.cuh"
+
+namespace nemo::w4a16 {
+
+template void run_product<nemo::fp16, 8>(const Product&, Stream);
+template void run_product<nemo::fp16, 16>(const Product&, Stream);
+template void run_product<nemo::fp16, 32>(const Product&, Stream);
+
+}  // namespace nemo::w4a16

@@ -1,0 +1,67 @@
+// nemokernels_C::w4a16_product: tensors to parameters. Callers have checked shapes and dtypes and
+// allocated the output (contiguous).
+#include "nemo/static_switch.h"
+#include "torch_stable.h"
+#include "w4a16/w4a16.h"
+
+namespace nemo::w4a16 {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+const uint8_t* bytes(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous(),
+                  "expected contiguous bytes");
+  return static_cast<const uint8_t*>(t.data_ptr());
+}
+
+void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optional order,
+             Optional offsets, Optional tile_expert, Optional tile_row, int64_t top_k, int64_t part,
+             int64_t rows, Tensor out) {
+  const OnDevice device(x);
+  Product p{};
+  p.rows = out.size(0);
+  p.width = out.size(1);
+  p.depth = x.size(1);
+  p.x = x.data_ptr();
+  p.x_row = x.stride(0);
+  p.codes = bytes(codes);
+  p.scales = bytes(scales);
+  STD_TORCH_CHECK(global_scale.scalar_type() == ScalarType::Float, "expected float32 scales");
+  p.global_scale = static_cast<const float*>(global_scale.data_ptr());
+  p.out = out.data_ptr();
+  p.part = static_cast<Part>(part);
+  p.order = int32_data(order);
+  p.offsets = int32_data(offsets);
+  p.tile_expert = int32_data(tile_expert);
+  p.tile_row = int32_data(tile_row);
+  p.experts = offsets ? offsets->size(0) : 1;
+  p.tiles = tile_expert ? tile_expert->size(0) : 0;
+  p.top_k = top_k;
+  const int64_t unit_tiles = ceil_div(p.width, 16) * ceil_div(p.depth, 64);
+  STD_TORCH_CHECK(codes.numel() == p.experts * unit_tiles * 512 &&
+                      scales.numel() == p.experts * unit_tiles * 64,
+                  "expected a weight in tiles of 16 x 64");
+  STD_TORCH_CHECK(p.part == Part::kPlain || (order && tile_row && order->numel() == p.rows),
+                  "expected the route of every row");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_row % 8 == 0 &&
+                      p.depth % 16 == 0 && (x.stride(1) == 1 || p.depth <= 1),
+                  "expected rows of x aligned to 16 bytes");
+  const bool known = static_switch<8, 16, 32>(int(rows), [&](auto columns) {
+    if (x.scalar_type() == ScalarType::BFloat16) {
+      run_product<bf16, columns>(p, device.stream());
+    } else {
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
+      run_product<fp16, columns>(p, device.stream());
+    }
+  });
+  STD_TORCH_CHECK(known, "expected 8, 16 or 32 rows per block, got ", rows);
+  device.check();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nemokernels_C, NEMO_DEVICE_KEY, m) {
+  m.impl("w4a16_product", TORCH_BOX(&product));
+}
+
+}  // namespace
+}  // namespace nemo::w4a16

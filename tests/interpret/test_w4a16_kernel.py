@@ -1,0 +1,150 @@
+"""The Triton kernels of w4a16, interpreted, against the reference."""
+
+import pytest
+import torch
+
+from nemokernels import NVFP4, testing, tile_nvfp4
+from nemokernels.ops.moe_experts.op import Tile
+from nemokernels.ops.moe_route import ref as route
+from nemokernels.ops.w4a16 import kernel, op, ref
+
+F32, F16 = torch.float32, torch.float16
+TILES = {
+    "small": Tile(16, 16, 64, 1, 1),
+    "deep": Tile(16, 32, 128, 1, 1),
+    "tall": Tile(32, 16, 64, 1, 1),
+}
+
+
+def config(name):
+    return op.Config("triton", TILES[name])
+
+
+def weight_of(*shape):
+    """Every code and every block scale that is a number and not negative, subnormal ones too."""
+    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+    scales = torch.randint(0, 127, (*shape[:-1], shape[-1] // 16), dtype=torch.uint8)
+    scale_2 = torch.rand(shape[:-2]) / 100 + 1e-3
+    return tile_nvfp4(NVFP4(codes, scales.view(torch.float8_e4m3fn), scale_2))[:3]
+
+
+def quantized(*shape):
+    """As :func:`weight_of`, at the size of a trained weight."""
+    codes, scales, scale_2 = weight_of(*shape)
+    scales = torch.randint(0x30, 0x48, scales.shape, dtype=torch.uint8)
+    return codes, scales, scale_2 * (shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("rows, width, depth", [(17, 33, 48), (33, 40, 144), (3, 7, 256)])
+def test_linear(rows, width, depth, dtype, tile):
+    weight, dy = weight_of(width, depth), torch.randn(rows, width).to(dtype) / 64
+    x = torch.randn(rows, depth).to(dtype) / 64
+    got = kernel.linear(x, *weight, width, config(tile))
+    low, exact = (ref.linear(t, *weight, width) for t in (x, x.double()))
+    testing.assert_matches(got, exact, low)
+    got = kernel.linear_backward(dy, *weight, depth, config(tile))
+    low, exact = (ref.linear_backward(t, *weight, depth) for t in (dy, dy.double()))
+    testing.assert_matches(got, exact, low)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_every_code_and_scale_is_exact(dtype):
+    codes = torch.arange(16).repeat(127, 1)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    scales = torch.arange(127, dtype=torch.uint8).reshape(127, 1).view(torch.float8_e4m3fn)
+    weight = tile_nvfp4(NVFP4(packed, scales, torch.ones(())))[:3]
+    x, y = torch.eye(16, dtype=dtype), torch.eye(127, dtype=dtype)
+    large = op.Config("triton", Tile(64, 128, 64, 1, 1))
+    got = kernel.linear(x, *weight, 127, large)
+    assert torch.equal(got, ref.linear(x, *weight, 127)) and got.abs().max() == 448 * 6
+    got = kernel.linear_backward(y, *weight, 16, large)
+    assert torch.equal(got, ref.linear_backward(y, *weight, 16))
+
+
+def make(tokens, experts, top_k, width, hidden, dtype=F32, chosen=None):
+    x = torch.randn(tokens, width).to(dtype)
+    if chosen is None:
+        scores = torch.rand(tokens, experts)
+        scores[:, 0] -= 1  # expert 0 has no rows if it can
+        chosen = scores.argsort(-1, descending=True)[:, :top_k]
+    _, offsets, order = route.group_rows(chosen, experts)
+    up, down = quantized(experts, hidden, width), quantized(experts, width, hidden)
+    return x, *up, *down, hidden, torch.rand(tokens, top_k), offsets, order
+
+
+def compare(args, name):
+    got = kernel.experts(*args, config=config(name))
+    exact = ref.experts(*testing.to_double(args[:1]), *args[1:8], args[8].double(), *args[9:])
+    low = ref.experts(*args)
+    assert got.dtype == low.dtype and got.is_contiguous()
+    testing.assert_matches(got, exact, low)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("size", [(21, 3, 2, 48, 32), (1, 5, 3, 144, 48)])
+def test_experts(size, dtype, tile):
+    compare(make(*size, dtype), tile)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33])
+def test_all_to_one_expert(tokens):
+    compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "tall")
+
+
+@pytest.mark.parametrize("tokens, experts", [(7, 4), (127, 2), (129, 3)])
+def test_random_routings(tokens, experts):
+    compare(make(tokens, experts, 2, 16, 16), "tall")
+
+
+def test_plans():
+    for tokens in (3, 30, 110):
+        args = make(tokens, 1, 1, 80, 48, F16)
+        plan = op.plan(tokens, 1, F16, "", ("triton",))
+        testing.assert_matches(
+            kernel.experts(*args, config=plan),
+            ref.experts(args[0].double(), *args[1:]),
+            ref.experts(*args),
+        )
+    config_32 = op.plan(300, 1, F32, "", ("triton",))
+    x, weight = torch.randn(3, 128), weight_of(33, 128)
+    got = kernel.linear(x, *weight, 33, config_32)
+    testing.assert_matches(got, ref.linear(x.double(), *weight, 33), ref.linear(x, *weight, 33))
+
+
+@pytest.mark.parametrize("rows, width, depth", [(0, 8, 16), (3, 0, 16), (3, 8, 0)])
+def test_empty(rows, width, depth):
+    weight, x = weight_of(width, depth), torch.randn(rows, depth)
+    assert torch.equal(kernel.linear(x, *weight, width, config("small")), torch.zeros(rows, width))
+    dx = kernel.linear_backward(torch.ones(rows, width), *weight, depth, config("small"))
+    assert torch.equal(dx, torch.zeros(rows, depth))
+
+
+def test_no_tokens():
+    args = make(0, 3, 2, 16, 16)
+    assert kernel.experts(*args, config=config("small")).shape == (0, 16)
+
+
+def test_strides_and_leading_axes():
+    weight, x = weight_of(40, 96), torch.randn(4, 3, 96)
+    want = kernel.linear(x, *weight, 40, config("small"))
+    views = (torch.cat([x, x], 2)[..., :96], x.permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    assert all(torch.equal(kernel.linear(v, *weight, 40, config("small")), want) for v in views)
+
+
+def test_nan_stays_where_it_belongs():
+    args = make(20, 5, 2, 32, 32, chosen=torch.tensor([[1, 2], [3, 4]]).repeat(10, 1))
+    args[0][3] = torch.nan
+    args[2][2, 0, 0, 5, 1] = 0x7F  # a scale of expert 2
+    got, want = kernel.experts(*args, config=config("tall")), ref.experts(*args)
+    assert torch.equal(got.isnan(), want.isnan()) and want.isfinite().any()
+
+
+def test_a_route_that_is_none_stays_in_bounds():
+    x, *rest, weights, _, _ = make(4, 2, 2, 32, 32)
+    order = torch.tensor([0, -7, 99, 3, 1, 2, 5, 6], dtype=torch.int32)
+    offsets = torch.tensor([3, 900], dtype=torch.int32)
+    args = (x, *rest, weights, offsets, order)
+    assert kernel.experts(*args, config=config("small")).shape == (4, 32)

@@ -1,0 +1,159 @@
+"""The kernels of csrc/w4a16 against the reference.
+
+Every test runs twice: the kernels as loops on the CPU, and, with a GPU, as they are.
+"""
+
+import pytest
+import torch
+
+from nemokernels import NVFP4, moe_route, testing, tile_nvfp4
+from nemokernels.ops.w4a16 import native, op, ref
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def device(native_device):
+    return native_device
+
+
+def random_weight(*shape):
+    """Every code and every block scale that is a number and not negative, subnormal ones too."""
+    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+    scales = torch.randint(0, 127, (*shape[:-1], shape[-1] // 16), dtype=torch.uint8)
+    scale_2 = torch.rand(shape[:-2]) / 100 + 1e-3
+    return tile_nvfp4(NVFP4(codes, scales.view(torch.float8_e4m3fn), scale_2))[:3]
+
+
+def tiles_of(offsets, rows):
+    """Expert and first row of each tile of ``rows`` rows, and one entry too many."""
+    expert, row, start = [], [], 0
+    for e, end in enumerate(offsets.tolist()):
+        for first in range(start, end, rows):
+            expert.append(e)
+            row.append(first)
+        start = end
+    return [torch.tensor(t, dtype=torch.int32) for t in (expert + [-1], row + [start])]
+
+
+def product(device, x, weight, route, part, rows, out):
+    args = [t if t is None else t.to(device) for t in (x, *weight, *route)]
+    return native.product(*args, 2, part, rows, out.to(device)).cpu()
+
+
+def parts(x, weight, route, width):
+    """What each part must return, from the reference's pieces in x's dtype's accumulator."""
+    acc = torch.promote_types(x.dtype, F32)
+    order, offsets = route
+    out = {part: torch.zeros(order.shape[0], width, dtype=acc) for part in ("up", "slots")}
+    for e, r in ref.moe.segments(offsets):
+        slot = order[r].long()
+        w = ref.values(weight[0][e], weight[1][e], width, x.shape[1], acc)
+        scale = weight[2][e].to(acc)
+        out["up"][r] = (x[slot // 2].to(acc) @ w.T * scale).relu().square()
+        out["slots"][slot] = x[r].to(acc) @ w.T * scale
+    return {part: value.to(x.dtype) for part, value in out.items()}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("rows", native.ROWS)
+@pytest.mark.parametrize("width, depth", [(32, 64), (16, 16), (80, 304), (33, 640)])
+def test_linear(device, dtype, rows, width, depth):
+    weight = random_weight(width, depth)
+    for tokens in (1, 7, rows, rows + 1):
+        x = (torch.randn(tokens, depth) / 64).to(dtype)
+        got = product(device, x, weight, (None,) * 4, "plain", rows, x.new_empty(tokens, width))
+        low, exact = (ref.linear(t, *weight, width) for t in (x, x.double()))
+        testing.assert_matches(got, exact, low)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("rows", native.ROWS)
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("spread", ["random", "one expert"])
+def test_experts(device, dtype, rows, tokens, spread):
+    logits = torch.randn(tokens, 5)
+    logits[:, 0] = -torch.inf
+    logits[:, 3] += 100.0 if spread == "one expert" else 0.0
+    route = moe_route(logits, top_k=2)
+    table = (route.order, route.offsets, *tiles_of(route.offsets, rows))
+    weight = random_weight(5, 48, 80)
+    for part, count in (("up", tokens), ("slots", 2 * tokens)):
+        x = (torch.randn(count, 80) / 64).to(dtype)
+        out = torch.full((2 * tokens, 48), torch.nan, dtype=dtype)
+        got = product(device, x, weight, table, part, rows, out)
+        x = torch.cat([x, x]) if part == "up" else x  # rows for the part that is not asked
+        low, exact = (parts(t, weight, table[:2], 48)[part] for t in (x, x.double()))
+        testing.assert_matches(got, exact, low, part)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_every_code_and_scale_is_exact(device, dtype):
+    """x picks one column at a time: e2m1 times block scale comes out in full."""
+    codes = torch.arange(16).repeat(127, 1)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    scales = torch.arange(127, dtype=torch.uint8).reshape(127, 1).view(torch.float8_e4m3fn)
+    weight = tile_nvfp4(NVFP4(packed, scales, torch.ones(())))[:3]
+    x = torch.eye(16, dtype=dtype)
+    got = product(device, x, weight, (None,) * 4, "plain", 16, x.new_empty(16, 127))
+    assert torch.equal(got, ref.linear(x, *weight, 127)) and got.abs().max() == 448 * 6
+
+
+def test_nan_and_infinity_stay_in_their_row(device):
+    weight, x = random_weight(48, 128), torch.randn(9, 128).to(BF16)
+    clean = product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
+    for value in (torch.nan, torch.inf):
+        bad = x.clone()
+        bad[4] = value
+        got = product(device, bad, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
+        assert not got[4].isfinite().any() and torch.equal(got[:4], clean[:4])
+        assert torch.equal(got[5:], clean[5:])
+    weight[1][0, 0, 2, 1] = 0x7F
+    got = product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
+    assert got[:, 2].isnan().all() and torch.equal(got[:, 3:], clean[:, 3:])
+
+
+def test_a_route_that_is_none_stays_in_bounds(device):
+    """Slots and experts out of range, offsets behind the end: nothing is read or written there."""
+    weight, x = random_weight(2, 32, 64), torch.randn(4, 64).to(BF16)
+    order = torch.tensor([0, -7, 99, 3], dtype=torch.int32)
+    offsets = torch.tensor([3, 900], dtype=torch.int32)
+    table = [torch.tensor(t, dtype=torch.int32) for t in ([0, 1, 7, -3], [0, 3, 0, 0])]
+    for part in ("up", "slots"):
+        out = torch.full((4, 32), -5.0, dtype=BF16)
+        got = product(device, x, weight, (order, offsets, *table), part, 8, out)
+        assert (got[[1, 2]] == -5).all() and (got[[0, 3]] != -5).any(1).all()
+
+
+def test_strided_rows_and_repeats(device):
+    weight, x = random_weight(40, 96), torch.randn(12, 96).to(BF16)
+    run = lambda t: product(device, t, weight, (None,) * 4, "plain", 8, t.new_empty(12, 40))  # noqa: E731
+    want = run(x)
+    assert torch.equal(run(torch.cat([x, x], 1)[:, :96]), want) and torch.equal(run(x), want)
+
+
+@pytest.mark.parametrize("x, message", [
+    (torch.ones(3, 65, dtype=BF16)[:, 1:], "aligned to 16 bytes"),
+    (torch.ones(3, 64), "bfloat16 or float16"),
+    (torch.ones(3, 128, dtype=BF16), "in tiles of 16 x 64"),
+])  # fmt: skip
+def test_refused(device, x, message):
+    weight = random_weight(16, 64)
+    with pytest.raises(RuntimeError, match=message):
+        product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(3, 16))
+
+
+def test_plan():
+    everywhere = ("csrc", "triton", "reference")
+
+    def of(rows, experts=128, dtype=BF16, backends=everywhere, **kwargs):
+        return op.plan(rows, experts, dtype, "", backends, **kwargs)
+
+    assert [of(t * 6).tile.rows for t in (1, 64, 256, 1024)] == [8, 8, 16, 32]
+    assert of(384).backend == "csrc" and of(384, dtype=F32).backend == "triton"
+    assert of(16384 * 6).backend == "triton" and of(16384 * 6, backends=("csrc",)).backend == "csrc"
+    assert of(8, backends=("csrc",), forward=False).backend == "triton"
+    assert of(8, backends=("reference",)).backend == "reference"
+    assert "2048 experts, got 3000" in of(8, 3000).reason
+    with pytest.raises(RuntimeError, match="csrc takes bfloat16 and float16"):
+        of(8, dtype=F32, backends=("csrc",))
