@@ -18,6 +18,7 @@ from nemokernels.models.fp8 import (
     fp8_report,
     held_fp8_weights,
     inner_layers,
+    is_fp8_state,
     update_fp8,
 )
 from nemokernels.models.generation import Generation, generate
@@ -75,6 +76,7 @@ __all__ = [
     "generate",
     "held_fp8_weights",
     "inner_layers",
+    "is_fp8_state",
     "list_variants",
     "load_clip",
     "load_image",

@@ -22,6 +22,7 @@ from nemokernels.models import (
     NemotronVL,
     VisionPrompt,
     build,
+    fp8_report,
     from_pretrained,
     load_clip,
     load_image,
@@ -130,6 +131,9 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         change = f"loss {reports[0].losses[0]:.3f} -> {reports[-1].losses[0]:.3f}"
         Console().print(f"{change}, model in {out / 'model'}", highlight=False)
+        if report := fp8_report(network):
+            ran = sum(layer.promised for layer in report)
+            Console().print(f"FP8: {ran} of {len(report)} linear layers", highlight=False)
     return 0
 
 

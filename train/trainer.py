@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -9,13 +10,25 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from nemokernels import update_correction_bias
-from nemokernels.models import CausalLM, build, save_pretrained
+from nemokernels.models import (
+    CausalLM,
+    Fp8Recipe,
+    build,
+    check_fp8,
+    convert_to_fp8,
+    held_fp8_weights,
+    inner_layers,
+    is_fp8_state,
+    save_pretrained,
+    update_fp8,
+)
 from nemokernels.train import checkpoint, optim, parallel
 from nemokernels.train.data import Batch, Batches
 from nemokernels.train.objective import Objective
@@ -53,6 +66,10 @@ class Settings:
     """Step of the loss-free expert balancing, per optimizer step."""
     seed: int = 0
     """Order of the data."""
+    fp8: Literal["off", "delayed", "current"] = "off"
+    """Products of the trunk's linear layers in FP8, with delayed or current scaling."""
+    fp8_ends: int = 2
+    """First and last layers that stay out of FP8."""
 
     def check(self) -> None:
         """Raise ValueError for sizes below 1, a schedule longer than the run, or reversed rates."""
@@ -109,6 +126,10 @@ class Trainer:
                 f"({self.world} x {settings.micro_batches})"
             )
         self.model = model.to(self.device).train()
+        self.fp8_checked = settings.fp8 == "off"
+        if settings.fp8 != "off":
+            inner = inner_layers(self.model, settings.fp8_ends)
+            convert_to_fp8(self.model, Fp8Recipe(settings.fp8), inner)
         self.objective = Objective(
             self.model, mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight
         )
@@ -128,7 +149,10 @@ class Trainer:
         """
         config = json.loads(json.dumps(self.model.config.to_dict(), default=str))
         tokens = hashlib.sha256(self.batches.corpus.tokens.numpy()).hexdigest()[:16]
-        order = {key: getattr(self.settings, key) for key in ("seed", "seq_len", "windows")}
+        keys = ("seed", "seq_len", "windows")
+        if self.settings.fp8 != "off":
+            keys += ("fp8", "fp8_ends")
+        order = {key: getattr(self.settings, key) for key in keys}
         return {"model": config, "tokens": tokens, **order}
 
     def resume(self) -> int:
@@ -153,6 +177,8 @@ class Trainer:
         """Write the model in Hugging Face layout, replacing what is there. Rank 0 writes."""
         full = {}
         for name, tensor in self.model.state_dict().items():
+            if is_fp8_state(name):
+                continue
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.rank == 0:
                 full[name] = whole.cpu()
@@ -197,15 +223,25 @@ class Trainer:
         return Report(self.step, losses, lr, norm, tokens, seconds, load)
 
     def backward(self) -> tuple[list[float], int]:
-        """Fill every gradient for the global batch of ``self.step``; return losses and tokens."""
+        """Fill every gradient for the global batch of ``self.step``; return losses and tokens.
+
+        Raises:
+            RuntimeError: in the first step, that a layer converted to FP8 did not run in it.
+        """
         micro = list(self._micro_batches())
         (totals,) = parallel.all_sum(sum(self.objective.label_counts(batch) for batch in micro))
         losses = torch.zeros_like(totals)
-        for batch in micro:
-            # FSDP reduces after every micro-batch: holding back would keep whole gradients around.
-            loss, terms = self.objective(batch, totals.clamp(min=1))
-            loss.backward()
-            losses += terms
+        several = self.settings.fp8 != "off" and len(micro) > 1
+        with held_fp8_weights(self.model) if several else contextlib.nullcontext():
+            for batch in micro:
+                # FSDP reduces after each: holding back would keep whole gradients around.
+                loss, terms = self.objective(batch, totals.clamp(min=1))
+                loss.backward()
+                update_fp8(self.model)
+                losses += terms
+        if not self.fp8_checked:
+            check_fp8(self.model)
+            self.fp8_checked = True
         parallel.sum_whole_gradients(self.objective.parameters())
         tokens = torch.tensor(float(sum(b.tokens.numel() for b in micro)), device=self.device)
         parallel.all_sum(losses, tokens)
