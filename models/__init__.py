@@ -34,6 +34,8 @@ from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.nemotron_vl import NemotronVL
 from nemokernels.models.prompts import VisionPrompt, vision_prompt
 from nemokernels.models.quantization import Quantization
+from nemokernels.models.reward import RewardModel, attribute_loss, pairwise_loss
+from nemokernels.models.reward_config import RewardConfig
 from nemokernels.models.saving import save_pretrained
 from nemokernels.models.state import State
 from nemokernels.models.variants import Variant, find_variant, list_variants
@@ -64,6 +66,7 @@ __all__ = [
     "Variant",
     "VisionConfig",
     "VisionPrompt",
+    "attribute_loss",
     "build",
     "check_fp8",
     "checkpoint_spec",
@@ -81,6 +84,9 @@ __all__ = [
     "load_clip",
     "load_image",
     "megatron_shapes",
+    "RewardConfig",
+    "RewardModel",
+    "pairwise_loss",
     "read_config",
     "save_pretrained",
     "slice_checkpoint",

@@ -15,6 +15,8 @@ from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.nemotron_h import NemotronH
 from nemokernels.models.nemotron_vl import NemotronVL
+from nemokernels.models.reward import RewardModel
+from nemokernels.models.reward_config import RewardConfig
 from nemokernels.models.variants import find_config
 from nemokernels.models.vl_config import NemotronVLConfig
 
@@ -43,7 +45,13 @@ def build(
     config.json that a variant needs because they are not public (``Variant.arguments``).
     """
     config = find_config(name_or_config, **arguments)
-    model = MODELS[type(config)](config, device=device, dtype=dtype)
+    model = _make(config, device=device, dtype=dtype)
     if model.lm_head.weight.device.type != "meta":
         model.reset_parameters()
     return model
+
+
+def _make(config: Config, **kwargs) -> CausalLM:
+    if isinstance(config, RewardConfig):
+        return RewardModel(config, _make(config.backbone, **kwargs))
+    return MODELS[type(config)](config, **kwargs)

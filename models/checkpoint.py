@@ -42,6 +42,7 @@ from nemokernels.models.quantization import (
     is_scale,
     parse_scheme,
 )
+from nemokernels.models.reward_config import RewardConfig
 from nemokernels.models.variants import find_config
 from nemokernels.models.vl_config import NemotronVLConfig
 
@@ -71,6 +72,7 @@ def from_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    reward_head: str | None = None,
 ) -> CausalLM:
     """Load a checkpoint folder in the Hugging Face layout.
 
@@ -86,6 +88,8 @@ def from_pretrained(
         device: where the parameters go; the CPU by default.
         dtype: dtype of the parameters. None keeps the file's (bfloat16 where layers are
             quantised). A_log, D, dt_bias, the router and its correction bias are at least float32.
+        reward_head: where config.json does not tell, the name of the linear layer that a reward
+            model has instead of ``lm_head``; its sizes are those of its tensors.
 
     Returns:
         The model, in evaluation mode. ``model.file_dtypes`` records the dtypes of the file, which
@@ -100,14 +104,14 @@ def from_pretrained(
         raise ValueError("from_pretrained: `device` is meta, expected a device that holds data")
     if dtype is not None and dtype not in MODEL_DTYPES:
         raise TypeError(f"from_pretrained: `dtype` is {dtype}, expected a floating model dtype")
-    with open_checkpoint(folder) as (config, plan, shards, scalars):
+    with open_checkpoint(folder, reward_head) as (config, plan, shards, scalars):
         model = build(config, device="meta", dtype=dtype or plan.dtype)
         _fill(model, plan, shards, scalars, device, dtype)
     return model.eval()
 
 
 @contextmanager
-def open_checkpoint(folder: str | os.PathLike) -> Iterator[Opened]:
+def open_checkpoint(folder: str | os.PathLike, reward_head: str | None = None) -> Iterator[Opened]:
     """A checkpoint folder, its headers checked in full; raises as :func:`from_pretrained`."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,7 +119,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Iterator[Opened]:
     data = read_json(folder, CONFIG)
     problems = Problems(folder)
     with Shards(folder, problems) as shards:
-        config = _config(folder, data, shards.tensors)
+        config = _config(folder, data, shards.tensors, reward_head)
         plan = _plan(config, _scheme(folder, data, names.layout(config)), shards.tensors, problems)
         scalars = _scalars(plan, shards, problems) if plan.quantization else {}
         problems.raise_if_any()
@@ -149,15 +153,19 @@ class Opened(NamedTuple):
     scalars: dict[str, torch.Tensor]  # of the quantised layers
 
 
-def _config(folder: Path, data: dict, stored: dict[str, StoredTensor]) -> Config:
+def _config(
+    folder: Path, data: dict, stored: dict[str, StoredTensor], reward_head: str | None
+) -> Config:
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
         data = unwrapped(data)
         config = parse_config({k: v for k, v in data.items() if k != "quantization_config"})
         if isinstance(config, NemotronVLConfig):
             found = os.path.lexists(folder / PREPROCESSOR)
             preprocessor = read_json(folder, PREPROCESSOR) if found else {}
-            shapes = {name: tensor.shape for name, tensor in stored.items()}
             config = config.completed(shapes, preprocessor)
+        if reward_head is not None:
+            config = RewardConfig.of_tensors(config, reward_head, shapes)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     if next(islice(names.tensor_shapes(config), MAX_TENSORS, None), None) is not None:

@@ -12,11 +12,12 @@ from nemokernels.models.fields import ConfigError, check_object, read_file, show
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
+from nemokernels.models.reward_config import REWARD, RewardConfig
 from nemokernels.models.vl_config import MODEL_TYPE, NemotronVLConfig, refuse_sound
 
 __all__ = ["CONFIGS", "Config", "parse_config", "read_config", "unwrapped"]
 
-Config = NemotronHConfig | DecoderConfig | GPTConfig | MambaConfig | NemotronVLConfig
+Config = NemotronHConfig | DecoderConfig | GPTConfig | MambaConfig | NemotronVLConfig | RewardConfig
 CONFIGS: dict[str, type[Config]] = {
     "nemotron_h": NemotronHConfig,
     "nemotron_h_puzzle": NemotronHConfig,
@@ -41,7 +42,10 @@ def parse_config(data: Mapping[str, object]) -> Config:
     if not isinstance(model_type, str) or model_type not in CONFIGS:
         raise ConfigError(f"`model_type` is {show(model_type)}, expected one of "
                           f"{', '.join(CONFIGS)}")  # fmt: skip
-    return CONFIGS[model_type].from_dict(data)
+    if REWARD not in data:
+        return CONFIGS[model_type].from_dict(data)
+    plain = {key: value for key, value in data.items() if key not in (REWARD, "architectures")}
+    return RewardConfig.from_dict(parse_config(plain), data[REWARD])
 
 
 def read_config(path: str | Path) -> Config:

@@ -13,6 +13,7 @@ from nemokernels import mtp_verify
 from nemokernels._checks import check
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.linear import exact as exact_products
+from nemokernels.models.reward import RewardModel
 from nemokernels.models.state import State
 
 __all__ = ["Generation", "generate"]
@@ -299,6 +300,7 @@ def _check(model, prompts, max_new_tokens, speculate, request_ids) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"generate: `{name}` must be an int, got {type(value).__name__}")
         check("generate", value >= low, f"`{name}` must be at least {low}, got {value}")
+    check("generate", not isinstance(model, RewardModel), "`model` gives rewards, not logits")
     check("generate", speculate == 0 or model.mtp is not None,
           f"`speculate` is {speculate}, but this model has no MTP block to draft with")  # fmt: skip
     check("generate", request_ids is None or len(request_ids) == len(prompts),

@@ -18,6 +18,7 @@ from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
+from nemokernels.models.reward_config import RewardConfig
 from nemokernels.models.vl_config import PREFIX, SHUFFLE, NemotronVLConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -103,12 +104,27 @@ def is_stack(name: str) -> bool:
 
 def layout(config) -> Layout:
     """How the names of this configuration's tensors begin."""
+    if isinstance(config, RewardConfig):
+        names = layout(config.backbone)
+        trunks = tuple(filter(None, names.trunks))
+        return names._replace(trunks=trunks, beside=(f"{config.head}.",))
     return _FAMILIES[type(config)][0]
 
 
 def tensor_shapes(config) -> Shapes:
     """Name and shape of every stored tensor, in the order of the layers."""
+    if isinstance(config, RewardConfig):
+        return _reward_shapes(config)
     return _FAMILIES[type(config)][1](config)
+
+
+def _reward_shapes(config: RewardConfig) -> Shapes:
+    for name, shape in tensor_shapes(config.backbone):
+        if name != "lm_head.weight":
+            yield name, shape
+    yield f"{config.head}.weight", (config.outputs, config.hidden_size)
+    if config.bias:
+        yield f"{config.head}.bias", (config.outputs,)
 
 
 def element_count(config) -> int:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from nemokernels.models import RewardModel
+from nemokernels.train.preference import PairObjective, Pairs
 from nemokernels.train.trainer import Trainer
 
 
@@ -24,9 +26,19 @@ def model(family):
     return families.model(family, dtype=torch.float32, **changes)
 
 
-def main(out, mode, family):
+def trainer(family, out):
     settings = tiny.settings()
-    t = Trainer(model(family), tiny.batches(settings), settings, out / "run")
+    if family == "reward":
+        torch.manual_seed(0)
+        made = RewardModel.on(families.model("nemotron", dtype=torch.float32), "score")
+        rows = [[list(range(3 + i + side, 9 + 2 * i)) for i in range(6)] for side in (0, 1)]
+        data = Pairs(*rows, [0.1 * i for i in range(6)], windows=4, seq_len=32, seed=0)
+        return Trainer(made, data, settings, out, objective=PairObjective)
+    return Trainer(model(family), tiny.batches(settings), settings, out)
+
+
+def main(out, mode, family):
+    t = trainer(family, out / "run")
     first = t.rank == 0
     if mode == "resume":
         assert t.resume() == 3

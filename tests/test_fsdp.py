@@ -34,8 +34,7 @@ def world2(tmp_path_factory):
 
 
 def single(dtype, out, family="nemotron_h"):
-    settings = tiny.settings()
-    t = Trainer(fsdp_worker.model(family), tiny.batches(settings), settings, out)
+    t = fsdp_worker.trainer(family, out)
     t.model.to(dtype)
     t.backward()
     return {name: p.grad for name, p in t.objective.named_parameters()}
@@ -66,6 +65,23 @@ def test_other_families_with_a_tied_head(family, tmp_path):
     assert {f"model.{name}" for name in saved.state_dict()} == trained.keys()
     for name, value in saved.state_dict().items():
         assert torch.equal(value, trained[f"model.{name}"]), name
+
+
+def test_reward_model(tmp_path):
+    """Pairs split over the ranks give the gradients of all pairs; the export loads."""
+    torchrun(2, tmp_path, "train", "reward")
+    got = load_file(tmp_path / "grads.safetensors")
+    exact, plain = (single(dtype, tmp_path, "reward") for dtype in (torch.float64, torch.float32))
+    assert got.keys() == exact.keys()
+    for name in exact:
+        testing.assert_matches(got[name], exact[name], plain[name], name)
+    assert set((tmp_path / "sharded.txt").read_text().split()) == got.keys()
+    saved, trained = (
+        from_pretrained(tmp_path / "model-train"),
+        load_file(tmp_path / "train.safetensors"),
+    )
+    assert {f"model.{name}" for name in saved.state_dict()} == trained.keys()
+    assert torch.equal(saved.score.weight, trained["model.score.weight"])
 
 
 def test_what_is_sharded_and_what_is_not(world2):

@@ -157,9 +157,13 @@ class Batches:
 
     def _shuffled(self, epoch: int) -> torch.Tensor:
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._order = (epoch, torch.randperm(self.count, generator=generator))
+            self._order = (epoch, shuffled(self.count, self.seed, epoch))
         return self._order[1]
+
+
+def shuffled(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The numbers below ``count`` in the order of this epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
 
 
 def shift(batch: Batch, by: int, fill: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nemokernels import update_correction_bias
@@ -104,6 +105,9 @@ class Trainer:
 
     Under torchrun the model is sharded with FSDP2 (train/parallel.py says how). ``param_dtype`` is
     the compute type of gathered weights: bfloat16 on CUDA, float32 on CPU unless given.
+
+    ``objective`` makes the loss out of the model, with :class:`Objective`'s two methods and for the
+    batches that ``batches.at`` gives; by default it is that one.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class Trainer:
         settings: Settings,
         out: Path,
         *,
+        objective: Callable[[CausalLM], nn.Module] | None = None,
         keep: int = 2,
         param_dtype: torch.dtype | None = None,
     ):
@@ -130,8 +135,12 @@ class Trainer:
         if settings.fp8 != "off":
             inner = inner_layers(self.model, settings.fp8_ends)
             convert_to_fp8(self.model, Fp8Recipe(settings.fp8), inner)
-        self.objective = Objective(
-            self.model, mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight
+        self.objective = (
+            objective(self.model)
+            if objective
+            else Objective(
+                self.model, mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight
+            )
         )
         if dist.is_initialized():
             on_cuda = self.device.type == "cuda"
@@ -252,7 +261,7 @@ class Trainer:
         for part in range(parts):
             shard, shards = self.rank * parts + part, self.world * parts
             batch = self.batches.at(self.step, shard, shards)
-            yield Batch(*(part if part is None else part.to(self.device) for part in batch))
+            yield type(batch)(*(part if part is None else part.to(self.device) for part in batch))
 
     def _balance(self) -> float:
         """Loss-free balancing: move every router's correction bias once per optimizer step."""
