@@ -73,6 +73,10 @@ class EagerLinear(torch.autograd.Function):
         return dx, dw, None, None
 
 
+def eager_trained(x, weight, x_scale, w_scale):
+    return EagerLinear.apply(x, weight, x_scale, w_scale)
+
+
 def quantise(title, transpose):
     return Subject("fp8", title, inputs=partial(inputs, transpose=transpose), ours=ours,
                    eager=eager, kept=("scale",), tiny=dict(rows=3, width=32))  # fmt: skip
@@ -83,7 +87,7 @@ TRANSPOSE = quantise("quantize_fp8 with transpose", True)
 linear = dict(inputs=inputs_linear, ours=ours_linear, tiny=dict(M=32, K=48, N=16),
               kept=("x_scale", "w_scale"))  # fmt: skip
 LINEAR = Subject("fp8", "fp8_linear", eager=eager_linear, **linear)
-TRAINED = Subject("fp8", "fp8_linear", eager=EagerLinear.apply, wrt=("x", "weight"), **linear)
+TRAINED = Subject("fp8", "fp8_linear", eager=eager_trained, wrt=("x", "weight"), **linear)
 
 ROWS = []
 for width in (4096, 21504):

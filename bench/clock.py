@@ -75,10 +75,9 @@ class CudaClock:
         self._l2 = torch.cuda.get_device_properties(device).L2_cache_size
 
     def ready(self, task: Task, bytes: float | None) -> Runner:
-        enqueue, began = 0.0, time.perf_counter()
         task.run(task.prepare())  # compiles, and whatever else happens once
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        began, enqueue = time.perf_counter(), 0.0
         while time.perf_counter() - began < WARM_UP:
             prepared = task.prepare()
             before = time.perf_counter()

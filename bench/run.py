@@ -26,10 +26,13 @@ class NoDevice(RuntimeError):
 
 
 def open_clock() -> CudaClock:
-    """The clock of the current CUDA device. Raises NoDevice."""
+    """The clock of the current CUDA device, every backend's self-test done. Raises NoDevice."""
     if not torch.cuda.is_available():
         raise NoDevice("not measured: torch sees no CUDA device here")
-    return CudaClock(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    for family in FAMILIES:  # later it could run inside a forced plan and prove the wrong backend
+        _backends.usable(family, device)
+    return CudaClock(device)
 
 
 def run(
@@ -45,8 +48,6 @@ def run(
     With ``minutes``, rows that would start later are listed as not measured.
     """
     began = time.monotonic()
-    for family in FAMILIES:  # the self-test would otherwise run inside a forced plan
-        _backends.usable(family, clock.device)
     document = {"schema": SCHEMA, **machine.facts(clock.device), "rows": []}
     before = calibrate(clock)
     for row in rows:
@@ -131,10 +132,17 @@ def _contest(row: Row, clock: Clock, ceilings: Ceilings, with_peers: bool) -> di
     graph = row.way == "forward" and row.cost.floor(ceilings.copy, ceilings.gemm) < SHORT
     runners: dict[str, Runner] = {}
     for entry in entries:
-        if (task := tasks.get(entry["name"])) is not None:
-            capture = graph and entry.get("backend") != plans.REFERENCE
-            runners[entry["name"]] = clock.ready(task, row.cost.bytes if capture else None)
-            entry["memory"] = clock.peak(task)
+        name = entry["name"]
+        if name not in tasks:
+            continue
+        capture = graph and entry.get("backend") != plans.REFERENCE
+        try:
+            entry["memory"] = clock.peak(tasks[name])
+            runners[name] = clock.ready(tasks[name], row.cost.bytes if capture else None)
+        except Exception as reason:
+            if name == OURS or _fatal(clock):
+                raise
+            entry["not_measured"] = describe_error(reason)
     for name, stats in race(runners, clock).items():
         entry = next(e for e in entries if e["name"] == name)
         entry |= vars(stats) | {"method": runners[name].method}
