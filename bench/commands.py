@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ import tyro
 from rich.console import Console
 
 from nemokernels.bench import compare as comparing
-from nemokernels.bench import report
+from nemokernels.bench import machine, report
+from nemokernels.bench import tune as tuning
 from nemokernels.bench.rows import rows
 from nemokernels.bench.run import NoDevice, open_clock, run
 
@@ -22,6 +24,7 @@ def bench(
     minutes: float | None = None,
     out: Path | None = None,
     compare: tuple[Path, Path] | None = None,
+    tune: bool = False,
 ) -> int:
     """Measure ops on the GPU at hand: check, time, print the table, write JSON and a roofline plot.
 
@@ -34,6 +37,8 @@ def bench(
         minutes: start no row after so many.
         out: folder for the results; bench/results without it.
         compare: measure nothing; hold the second result file against the first.
+        tune: instead of measuring, look for faster configurations of these ops and write them into
+            their tables (with --out into files there).
     """
     if compare is not None:
         return comparing.main([str(path) for path in compare])
@@ -43,9 +48,17 @@ def bench(
     except NoDevice as error:
         print(f"nemokernels bench: {error}", file=sys.stderr)
         return 1
+    if tune and not ops:
+        raise ValueError("--tune needs the names of ops")
     console = Console(width=None if sys.stdout.isatty() else 180, soft_wrap=True)
+    say = functools.partial(console.print, highlight=False, markup=False)
+    if tune:
+        card = machine.card(clock.device)["name"]
+        for path in tuning.write(tuning.tune(chosen, clock, say=say), card, out):
+            say(f"written to {path}")
+        return 0
     document = run(chosen, clock, with_peers=peers, minutes=minutes,
-                   say=lambda text: console.print(text, highlight=False, markup=False))  # fmt: skip
+                   say=say)  # fmt: skip
     path = report.write(document, out)
     report.show(document, console)
     console.print(f"written to {path}", highlight=False)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 REFERENCE = "reference"
@@ -23,24 +24,29 @@ def watched(change: Callable[[str, object], object] | None = None) -> Iterator[l
     """
     seen: list = []
     originals = []
+    depth = threading.local()
 
     def wrap(op, plan):
         def planned(*args, **kwargs):
-            config = plan(*args, **kwargs)
-            if change is not None:
-                config = change(op, config)
-            if (op, config) not in seen:
-                seen.append((op, config))
+            depth.now = getattr(depth, "now", 0) + 1
+            try:
+                config = plan(*args, **kwargs)
+            finally:
+                depth.now -= 1
+            if depth.now == 0:  # a _plan() around a plan() has the last word
+                config = config if change is None else change(op, config)
+                if (op, config) not in seen:
+                    seen.append((op, config))
             return config
 
         return planned
 
     for name, module in list(sys.modules.items()):
-        if not (found := re.fullmatch(r"nemokernels\.ops\.(\w+)\.op", name)):
+        if not name.startswith("nemokernels.ops.") or not name.endswith(".op"):
             continue
-        for attribute in [a for a in vars(module) if re.fullmatch(r"plan(_\w+)?", a)]:
+        for attribute in [a for a in vars(module) if re.fullmatch(r"_?plan(_\w+)?", a)]:
             originals.append((module, attribute, getattr(module, attribute)))
-            setattr(module, attribute, wrap(found.group(1), originals[-1][2]))
+            setattr(module, attribute, wrap(name.split(".")[2], originals[-1][2]))
     try:
         yield seen
     finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from nemokernels import _backends, _triton
+from nemokernels import _backends, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.moe_experts import ref
 
@@ -82,11 +83,24 @@ def plan(
 
 
 def _plan(x, weights, offsets, order, backward=False) -> Config:
-    return plan(
-        order.shape[0], offsets.shape[0], x.dtype, backward,
-        _triton.unsupported(x, weights), _backends.usable(FAMILY.name, x.device),
+    problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
+    config = plan(
+        *problem, _triton.unsupported(x, weights), _backends.usable(FAMILY.name, x.device),
         torch.cuda.get_device_capability(x.device),
     )  # fmt: skip
+    return _tuned.tuned(FAMILY.name, x.device, problem, config)
+
+
+def candidates(config: Config, backward: bool) -> Iterator[Config]:
+    """What may be faster than ``config`` on some card: one measure of one tile changed."""
+    options = {"rows": (64, 128), "columns": (64, 128, 256), "depth": (32, 64, 128),
+               "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}  # fmt: skip
+    for name in ("rows", "weights") if backward else ("rows",):
+        tile = getattr(config, name)
+        for measure, values in options.items():
+            if not (tile.swap and measure == "rows"):  # as wide as the tokens of an expert
+                for value in values:
+                    yield replace(config, **{name: replace(tile, **{measure: value})})
 
 
 def _forward_cuda(x, up, down, weights, offsets, order):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from nemokernels import _backends, _triton
+from nemokernels import _backends, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels._triton import RowConfig
 from nemokernels.ops.rms_norm import ref
@@ -44,10 +46,22 @@ def plan(
 
 
 def _plan(x: torch.Tensor, *others: torch.Tensor, backward: bool = False) -> RowConfig:
-    return plan(
+    config = plan(
         math.prod(x.shape[:-1]), x.shape[-1], backward, _triton.unsupported(x, *others),
         _backends.usable(FAMILY.name, x.device), _triton.processors(x.device),
     )  # fmt: skip
+    # Not by the number of rows: a row has the same bits alone and among others.
+    return _tuned.tuned(FAMILY.name, x.device, (x.shape[-1], x.dtype, backward), config)
+
+
+def candidates(config: RowConfig, backward: bool) -> Iterator[RowConfig]:
+    """What may be faster than ``config`` on some card: other warps, stages and rows at a time."""
+    for num_warps in (1, 2, 4, 8, 16):
+        yield replace(config, num_warps=num_warps)
+    for rows in (1, 2, 4, 8):
+        yield replace(config, rows=rows)
+    for num_stages in (1, 2, 3, 4):
+        yield replace(config, num_stages=num_stages)
 
 
 def _forward_cuda(x, weight, eps):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from nemokernels import _backends, _triton
+from nemokernels import _backends, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.ssd import ref
 
@@ -110,12 +112,21 @@ def _plan(tensors: tuple[torch.Tensor | None, ...], state_dtype: torch.dtype | N
     *tensors, cu_seqlens = tensors
     x, B = tensors[0], tensors[3]
     batch, tokens, heads, width = x.shape
-    return plan(
+    config = plan(
         batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, tokens, heads, width, B.shape[3],
         tuple(t.dtype for t in tensors if t is not None), state_dtype,
         _backends.usable(FAMILY.name, x.device), torch.cuda.get_device_capability(x.device),
         _triton.processors(x.device),
     )  # fmt: skip
+    # Neither by batch nor by length: packed and separate sequences have the same bits.
+    return _tuned.tuned(FAMILY.name, x.device, (width, B.shape[3], x.dtype), config)
+
+
+def candidates(config: Config, backward: bool) -> Iterator[Config]:
+    """What may be faster than ``config`` on some card: other warps and stages of one kernel."""
+    for kernel in ("states", "walk", "scores", "group") if backward else ("scan",):
+        for launch in itertools.product((4, 8), (1, 2, 3, 4)):
+            yield replace(config, **{kernel: launch})
 
 
 def _forward_cuda(*args):

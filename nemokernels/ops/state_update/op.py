@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from nemokernels import _backends, _triton
+from nemokernels import _backends, _triton, _tuned
 from nemokernels._registry import family, reference_on_cuda, register
 from nemokernels.ops.state_update import ref
 
@@ -58,6 +60,21 @@ def plan(
     return Config("triton", block_p, block_n, num_warps)
 
 
+def _plan(sequences: int, state: torch.Tensor, x: torch.Tensor, *others) -> Config:
+    problem = (sequences, *state.shape[1:], state.dtype)
+    config = plan(
+        *problem, _triton.unsupported(state, x, *others), _backends.usable(FAMILY.name, x.device),
+        _triton.processors(x.device),
+    )  # fmt: skip
+    return _tuned.tuned(FAMILY.name, x.device, problem, config)
+
+
+def candidates(config: Config, backward: bool) -> Iterator[Config]:
+    """What may be faster than ``config`` on some card: other rows of P and warps per program."""
+    for block_p, num_warps in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8)):
+        yield replace(config, block_p=block_p, num_warps=num_warps)
+
+
 def _update_cuda(
     state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, source, target, accepted, cu_seqlens, seed,
     rounds,
@@ -67,11 +84,7 @@ def _update_cuda(
         seed, rounds,
     )  # fmt: skip
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    config = plan(
-        sequences, *state.shape[1:], state.dtype,
-        _triton.unsupported(state, x, dt, A, B, C, D, z, dt_bias),
-        _backends.usable(FAMILY.name, x.device), _triton.processors(x.device),
-    )  # fmt: skip
+    config = _plan(sequences, state, x, dt, A, B, C, D, z, dt_bias)
     if config.backend == "reference":
         return reference_on_cuda("selective_state_update", ref.forward)(*args)
     from nemokernels.ops.state_update import kernel
