@@ -16,6 +16,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels load and store
 OLDEST = (8, 0)  # older devices have no bfloat16
+ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KB of shared memory or more
 
 
 class Specialisation(NamedTuple):

@@ -1,11 +1,10 @@
 """FSDP2 over gloo: every gradient equals the single process's; checkpoints reshard."""
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import fsdp_worker
+import on_ranks
 import pytest
 import tiny
 import torch
@@ -15,15 +14,7 @@ from nemokernels import testing
 from nemokernels.models import from_pretrained
 from nemokernels.train.trainer import Trainer
 
-WORKER = Path(__file__).with_name("fsdp_worker.py")
-
-
-def torchrun(world, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", str(WORKER), *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+torchrun = functools.partial(on_ranks.torchrun, Path(fsdp_worker.__file__))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""Linear cross-entropy in plain torch: the specification and the CPU leg.
+"""What cross-entropy needs of a linear layer's logits, in plain torch: specification and CPU leg.
 
-N tokens, D features, V classes. Tokens that are ignored are left out before anything is computed;
-the others are processed in blocks of rows whose logits fit in ``LOGITS_BYTES``.
+N tokens, D features, V classes here of ``classes`` in all: ``first`` to ``first + V``. Tokens that
+are ignored are left out before anything is computed; the others are processed in blocks of rows
+whose logits fit in ``LOGITS_BYTES``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ LOGITS_BYTES = 64 << 20
 
 def rows_per_block(classes: int, dtype: torch.dtype) -> int:
     """Rows whose logits fit in ``LOGITS_BYTES``; at least one."""
-    return max(1, LOGITS_BYTES // (classes * dtype.itemsize))
+    return max(1, LOGITS_BYTES // (max(classes, 1) * dtype.itemsize))
 
 
 def forward(
@@ -26,39 +27,41 @@ def forward(
     weight: torch.Tensor,
     targets: torch.Tensor,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    first: int,
+    classes: int,
+    sums: bool,
 ):
-    """Loss and log-sum-exp (N) of every token, both zero where the target is ignored.
+    """Of every token (N) the log-sum-exp of its logits, its target's logit, the sum of its logits.
 
-    l = hidden weight^T in the accumulation dtype, from inputs widened without rounding.
+    l = hidden weight^T in the accumulation dtype, from inputs widened without rounding. All three
+    are zero where the target is ignored, the second where the target is not among the classes here,
+    the third unless ``sums``.
     """
     acc = acc_dtype(hidden)
-    loss = hidden.new_zeros(hidden.shape[0], dtype=acc)
-    lse = torch.zeros_like(loss)
+    lse, chosen, total = hidden.new_zeros(3, hidden.shape[0], dtype=acc)
     wide = weight.to(acc)
-    for rows, target in _blocks(targets, weight.shape[0], ignore_index, acc):
+    for rows, here, column in _blocks(targets, weight.shape[0], ignore_index, first, classes, acc):
         logits = hidden[rows].to(acc) @ wide.T
-        block = logits.logsumexp(-1)
-        nll = block - (1.0 - label_smoothing) * logits.gather(1, target[:, None])[:, 0]
-        if label_smoothing:
-            nll -= label_smoothing * logits.mean(-1)
-        loss[rows] = nll + z_loss * block.square()
-        lse[rows] = block
-    return loss, lse
+        lse[rows] = logits.logsumexp(-1)
+        chosen[rows[here]] = logits[here, column]
+        if sums:
+            total[rows] = logits.sum(-1)
+    return lse, chosen, total
 
 
 def backward(
-    dloss: torch.Tensor,
+    dlse: torch.Tensor,
+    dchosen: torch.Tensor,
+    dtotal: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     lse: torch.Tensor,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    first: int,
+    classes: int,
 ):
-    """dl = dloss * ((1 + 2 z lse) softmax(l) - (1 - s) onehot(target) - s / V).
+    """dl = dlse * exp(l - lse) + dchosen * onehot(target) + dtotal.
 
     dl is rounded to hidden's dtype; dhidden = dl weight and dweight = dl^T hidden accumulate in
     the accumulation dtype and are cast once.
@@ -67,12 +70,12 @@ def backward(
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     dweight = weight.new_zeros(weight.shape, dtype=acc)
     wide = weight.to(acc)
-    for rows, target in _blocks(targets, weight.shape[0], ignore_index, acc):
-        x, z, g = hidden[rows].to(acc), lse[rows, None], dloss[rows, None].to(acc)
-        dlogits = (x @ wide.T).sub_(z).exp_().mul_(g * (1.0 + 2.0 * z_loss * z))
-        dlogits.scatter_add_(1, target[:, None], g * (label_smoothing - 1.0))
-        if label_smoothing:
-            dlogits -= g * (label_smoothing / weight.shape[0])
+    for rows, here, column in _blocks(targets, weight.shape[0], ignore_index, first, classes, acc):
+        x = hidden[rows].to(acc)
+        dlogits = (x @ wide.T).sub_(lse[rows, None]).exp_().mul_(dlse[rows, None])
+        dlogits[here, column] += dchosen[rows[here]]
+        if dtotal is not None:
+            dlogits += dtotal[rows, None]
         dlogits = dlogits.to(hidden.dtype).to(acc)
         dhidden[rows] = (dlogits @ wide).to(hidden.dtype)
         dweight += dlogits.T @ x
@@ -80,19 +83,22 @@ def backward(
 
 
 def _blocks(
-    targets: torch.Tensor, classes: int, ignore_index: int, acc: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    # Pairs (row numbers, their targets as int64) over the tokens that count.
+    targets: torch.Tensor, here: int, ignore_index: int, first: int, classes: int, acc: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    # Row numbers of tokens that count; which of these have their target here; in which column.
     rows = (targets != ignore_index).nonzero()[:, 0]
     target = targets[rows].long()
     wrong = (target < 0) | (target >= classes)
     if wrong.any():
-        first = wrong.nonzero()[0, 0]
+        at = wrong.nonzero()[0, 0]
         check(
             "linear_cross_entropy",
             False,
-            f"`targets` holds {target[first].item()} at token {rows[first].item()}, expected a "
+            f"`targets` holds {target[at].item()} at token {rows[at].item()}, expected a "
             f"class in [0, {classes}) or ignore_index {ignore_index}",
         )
-    size = rows_per_block(classes, acc)
-    return zip(rows.split(size), target.split(size)) if rows.numel() else iter(())
+    size = rows_per_block(here, acc)
+    for block in range(0, rows.shape[0], size):
+        column = target[block : block + size] - first
+        inside = ((column >= 0) & (column < here)).nonzero()[:, 0]
+        yield rows[block : block + size], inside, column[inside]

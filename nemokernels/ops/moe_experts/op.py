@@ -14,7 +14,6 @@ from nemokernels.ops.moe_experts import ref
 FAMILY = family("moe_experts", {"triton": _triton.reason})
 
 MOST_EXPERTS = 2048  # lanes of the program that lays out the tiles
-ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KB of shared memory or more
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def plan(
         return Config("triton", tile, tile if backward else None)
     tma = capability >= (9, 0)
     load = slots / max(experts, 1)
-    if capability not in ROOMY:  # not measured
+    if capability not in _triton.ROOMY:  # not measured
         rows = Tile(16, 64, 64, 4, 3, True) if load <= 12 else Tile(64, 128, 32, 4, 3)
         return Config("triton", rows, Tile(64, 128, 32, 4, 3) if backward else None, tma)
     # The forward's tiles won on an H100 at 3, 48 and 704 rows per expert; where one takes over from

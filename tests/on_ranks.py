@@ -1,0 +1,15 @@
+"""What the tests of several processes share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def torchrun(worker: Path, world: int, *args) -> None:
+    """Run the file under torchrun with so many processes and fail with what it said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world}", str(worker), *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
