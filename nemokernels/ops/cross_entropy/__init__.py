@@ -41,7 +41,7 @@ def linear_cross_entropy(
     With ``group`` the vocabulary is split over its ranks: each passes its own rows of the weight,
     split as ``torch.chunk`` does, and the same hidden and targets. Every rank gets the whole loss,
     the gradient of its own rows, and the whole gradient of hidden: the ranks' parts, each in
-    hidden's dtype, summed. Two to four numbers per token are exchanged, never logits.
+    hidden's dtype, summed. Four numbers per token are exchanged, never logits.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64, any strides.
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         z_loss: weight of the squared log-partition; not negative.
         reduction: "mean" over the tokens that count (0, with zero gradient, if none does), "sum",
             or "none" for the loss of every token.
-        group: the process group over whose ranks the vocabulary is split.
+        group: the process group over whose ranks the vocabulary is split; the last may have no rows.
         vocab_size: V over all ranks of ``group``; given with it only.
 
     Returns:
