@@ -52,7 +52,7 @@ def linear_cross_entropy(
         z_loss: weight of the squared log-partition; not negative.
         reduction: "mean" over the tokens that count (0, with zero gradient, if none does), "sum",
             or "none" for the loss of every token.
-        group: the process group over whose ranks the vocabulary is split; the last may have no rows.
+        group: the process group over whose ranks the vocabulary is split.
         vocab_size: V over all ranks of ``group``; given with it only.
 
     Returns:
