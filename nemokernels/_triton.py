@@ -50,6 +50,14 @@ class RowConfig:
 @functools.cache
 def reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on ``device``; None if they can."""
+    why = cuda_reason(device)
+    if why is None and importlib.util.find_spec("triton") is None:
+        why = "triton is not installed"
+    return why
+
+
+def cuda_reason(device: torch.device) -> str | None:
+    """Why ``device`` is none that kernels compiled for a recent GPU run on; None if it is one."""
     if device.type != "cuda":
         return f"needs a CUDA device, this is {device.type}"
     if torch.version.cuda is None:
@@ -59,9 +67,7 @@ def reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         want, have = ("sm_{}{}".format(*c) for c in (OLDEST, capability))
-        return f"the Triton kernels need {want} or newer, this device is {have}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return f"the kernels need {want} or newer, this device is {have}"
     return None
 
 

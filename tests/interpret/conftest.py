@@ -47,6 +47,7 @@ interpreter._convert_float = _convert_float
 def pytest_configure(config):
     for line in (
         "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
+        "ignore:All-NaN slice encountered:RuntimeWarning",
         "ignore:invalid value encountered:RuntimeWarning",  # numpy, where a NaN is meant to be
         "ignore:divide by zero encountered:RuntimeWarning",
         "ignore:overflow encountered:RuntimeWarning",

@@ -33,6 +33,10 @@ def attention(
     depends on that sequence alone, bit for bit: packed, batched or by itself.
     Under autocast q, k and v are cast to the autocast dtype.
 
+    On CUDA our kernels run, or, where they have not passed their self-test, torch's or flash-attn's
+    (not run yet); ``backends()`` says which. torch's add up the gradient of q in any order unless
+    ``torch.use_deterministic_algorithms`` is on.
+
     Args:
         q: (B, T, H, D), float32, bfloat16, float16 or float64, any strides.
         k, v: (B, S, KV, D), q's dtype; S at least T, H a multiple of KV.
@@ -50,7 +54,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value, or
             alibi_slopes requires a gradient. The values of cu_seqlens are checked where the
-            reference runs.
+            reference runs; elsewhere nothing outside the row is touched whatever they are.
 
     Source: Ainslie et al., "GQA", 2023; Press et al., "Train Short, Test Long", 2022 (ALiBi);
     rounding points of Dao, "FlashAttention-2", 2023.

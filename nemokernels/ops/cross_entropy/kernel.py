@@ -115,10 +115,10 @@ def cross_entropy_statistics_kernel(
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     at = offset64(block_n, tokens) + token
-    target, keep, wrong = _targets(targets_ptr, token, real, ignore, first, all_classes)
+    target, keep, _ = _targets(targets_ptr, token, real, ignore, first, all_classes)
     mine = (target >= block_n * BLOCK_N) & (target < (block_n + 1) * BLOCK_N) & (target < classes)
     hit = column[None, :] == target[:, None]
-    tl.store(chosen_ptr + token, tl.sum(tl.where(hit, logits, 0.0), 1), mask=keep & mine & ~wrong)
+    tl.store(chosen_ptr + token, tl.sum(tl.where(hit, logits, 0.0), 1), mask=keep & mine)
     if SUMS:
         inside = tl.where((column < classes)[None, :], logits, 0.0)
         tl.store(total_ptr + at, tl.sum(inside, 1), mask=real)
@@ -170,7 +170,7 @@ def cross_entropy_combine_kernel(
     lse = tl.where(keep, _base(peak) + tl.log(mass), 0.0)
     tl.store(lse_ptr + token, lse, mask=real)
     tl.store(total_ptr + token, tl.where(keep, total, 0.0), mask=real)
-    here = keep & ~wrong & (target >= 0) & (target < classes)
+    here = keep & (target >= 0) & (target < classes)
     tl.store(chosen_ptr + token, tl.where(wrong, float("nan"), 0.0), mask=real & ~here)
 
 
