@@ -22,7 +22,7 @@ from nemokernels.ops.fp8 import (
     quantize_fp8,
 )
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
-from nemokernels.ops.moe_experts import moe_experts
+from nemokernels.ops.moe_experts import FP8Experts, moe_experts
 from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
 from nemokernels.ops.mtp_verify import Verdict, mtp_verify
 from nemokernels.ops.nvfp4 import (
@@ -48,6 +48,7 @@ from nemokernels.patch import patch_transformers
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP8Experts",
     "Fp8Codes",
     "NVFP4",
     "Route",

@@ -7,16 +7,17 @@ import torch
 from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops import w4a16
-from nemokernels.ops.moe_experts import op
+from nemokernels.ops.moe_experts import fp8, op
+from nemokernels.ops.moe_experts.fp8 import FP8Experts
 from nemokernels.ops.moe_route import Route
 
-__all__ = ["moe_experts"]
+__all__ = ["FP8Experts", "moe_experts"]
 
 
 def moe_experts(
     x: torch.Tensor,
-    up: torch.Tensor | w4a16.TiledNVFP4,
-    down: torch.Tensor | w4a16.TiledNVFP4,
+    up: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts,
+    down: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts,
     route: Route,
 ) -> torch.Tensor:
     """Send every token through its experts and add up what they return.
@@ -31,11 +32,15 @@ def moe_experts(
     Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros.
 
     Weights in NVFP4 (W4A16): code times block scale is exact, the global scale multiplies the
-    float32 sum, and nothing of the weight is rounded. They are for inference: no gradient.
+    float32 sum, and nothing of the weight is rounded. In FP8 (W8A8): x and each hidden layer are
+    quantised by their static scales, saturating, the latter where it is computed; scales multiply
+    the float32 sums. Both are for inference: no gradient.
 
     Args:
-        x: (T, X), float32, bfloat16, float16 or float64, any strides.
-        up: (E, F, X), x's dtype, or in NVFP4 by :func:`tile_nvfp4` with a global scale per expert.
+        x: (T, X), float32, bfloat16, float16 or float64, any strides; with weights in FP8 also
+            float8_e4m3fn, quantised by whoever made it (y is bfloat16 then).
+        up: (E, F, X), x's dtype; or in NVFP4 by :func:`tile_nvfp4` with a global scale per expert;
+            or :class:`FP8Experts`.
         down: (E, X, F), as ``up``.
         route: what ``moe_route`` returned for these tokens. Its offsets must not decrease and its
             order must hold each slot once: on a GPU they are not read back to be checked.
@@ -51,7 +56,9 @@ def moe_experts(
     NemotronHExperts.
     """
     where = "moe_experts"
-    check_tensor(where, "x", x, shape=(None, None), dims="(T, X)", dtypes=FLOATS)
+    eight = isinstance(up, FP8Experts)
+    dtypes = (*FLOATS, torch.float8_e4m3fn) if eight else FLOATS
+    check_tensor(where, "x", x, shape=(None, None), dims="(T, X)", dtypes=dtypes)
     tiled = isinstance(up, w4a16.TiledNVFP4)
     if tiled:
         check(where, up.codes.dim() == 5, "`up.codes` has shape {}, expected experts in tiles",
@@ -59,6 +66,10 @@ def moe_experts(
         experts = up.codes.shape[0]
         w4a16.check_experts(where, x, up, down)
         (x,) = autocast(x)
+    elif eight:
+        fp8.check_experts(where, x, up, down)
+        experts = up.values.shape[0]
+        x = x if x.dtype not in FLOATS else autocast(x)[0]
     else:
         check_tensor(where, "up", up, shape=(None, None, x.shape[1]), dims="(E, F, X)",
                      dtypes=FLOATS, device=x.device)  # fmt: skip
@@ -71,6 +82,8 @@ def moe_experts(
     _check_route(where, route, x, experts)
     if tiled:
         return w4a16.experts(x, up, down, route.weights, route.offsets, route.order)
+    if eight:
+        return fp8.experts(x, up, down, route.weights, route.offsets, route.order)
     return op.moe_experts(x, up, down, route.weights, route.offsets, route.order)[0]
 
 

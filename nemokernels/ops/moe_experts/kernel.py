@@ -306,8 +306,8 @@ class _Tiles:
         k_inner = b.stride(1) == 1
         b_rows = b.mT if k_inner else b
         # A block that ran over the end of a matrix in k would meet the next expert's.
-        tma = self.tma and (k_inner or depth % shape.depth == 0) and _takes_tma(b_rows)
-        tma_a, a_arg, b_arg = self.tma and not gather and _takes_tma(a), a, b
+        tma = self.tma and (k_inner or depth % shape.depth == 0) and takes_tma(b_rows)
+        tma_a, a_arg, b_arg = self.tma and not gather and takes_tma(a), a, b
         if tma_a:
             a_arg = TensorDescriptor.from_tensor(a, [shape.rows, shape.depth])
         if tma:
@@ -355,7 +355,7 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _takes_tma(t: torch.Tensor) -> bool:
+def takes_tma(t: torch.Tensor) -> bool:
     # What a descriptor of the rows of a contiguous tensor needs.
     inner = t.shape[-1] * t.element_size()
     rows = t.numel() // max(t.shape[-1], 1)
@@ -392,3 +392,6 @@ def specialisations():
         ("nano 1024 backward", 1024, *nano, True),
     ):
         yield _triton.Specialisation(label, launch(*problem))
+    from nemokernels.ops.moe_experts import kernel_fp8
+
+    yield from kernel_fp8.specialisations()

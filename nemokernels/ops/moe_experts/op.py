@@ -81,6 +81,36 @@ def plan(
     return Config("triton", rows, Tile(128, 128, 64, 8, 3) if backward else None, tma)
 
 
+def plan_fp8(
+    slots: int,
+    experts: int,
+    unsupported: str,
+    backends: tuple[str, ...],
+    capability: tuple[int, int],
+) -> Config:
+    """The configuration of experts in FP8.
+
+    Raises:
+        RuntimeError: none of ``backends`` takes the problem.
+    """
+    if not unsupported and experts > MOST_EXPERTS:
+        unsupported = f"the Triton kernels take up to {MOST_EXPERTS} experts, got {experts}"
+    if not unsupported and capability < (8, 9):
+        unsupported = "FP8 products need sm_89 or newer, this is sm_{}{}".format(*capability)
+    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+        return Config("reference", reason=unsupported)
+    # Not measured.
+    load = slots / max(experts, 1)
+    roomy = capability in ROOMY
+    if load <= 12:
+        tile = Tile(16, 64, 128, 4, 4)
+    elif load <= 96 or not roomy:
+        tile = Tile(64, 128, 128, 4, 3)
+    else:
+        tile = Tile(128, 128, 128, 8, 4)
+    return Config("triton", tile, None, capability >= (9, 0))
+
+
 def _plan(x, weights, offsets, order, backward=False) -> Config:
     problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
     config = plan(
@@ -124,6 +154,24 @@ def _backward_cuda(dy, x, up, down, weights, offsets, order, hidden):
         return kernel.backward(*args, config)
 
 
+def _fp8_cuda(x, x_scale, up, up_scale, hidden_scale, down, down_scale, *route_dtype):
+    *route, dtype = route_dtype
+    args = (x, x_scale, up, up_scale, hidden_scale, down, down_scale, *route)
+    unsupported = _triton.unsupported(x_scale, up_scale, hidden_scale, down_scale, route[0])
+    if dtype not in _triton.DTYPES:
+        unsupported = f"the Triton kernels do not return {dtype}"
+    config = plan_fp8(
+        route[2].shape[0], up.shape[0], unsupported, _backends.usable(FAMILY.name, x.device),
+        torch.cuda.get_device_capability(x.device),
+    )  # fmt: skip
+    if config.backend == "reference":
+        return reference_on_cuda("moe_experts_fp8", ref.forward_fp8)(*args, dtype)
+    from nemokernels.ops.moe_experts import kernel_fp8
+
+    with torch.cuda.device_of(x):
+        return kernel_fp8.forward(*args, dtype=dtype, config=config)
+
+
 def _example(device: torch.device, dtype: torch.dtype):
     """6 tokens, 2 slots; experts 1 and 3 of four have no rows."""
     randn = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
@@ -136,6 +184,18 @@ def _example(device: torch.device, dtype: torch.dtype):
 def _example_backward(device: torch.device, dtype: torch.dtype):
     args = _example(device, dtype)
     return torch.randn_like(args[0]), *args, ref.forward(*args)[1]
+
+
+def _example_fp8(device: torch.device, dtype: torch.dtype):
+    *_, weights, offsets, order = _example(device, torch.float32)
+    rand = lambda *shape: torch.rand(shape, device=device) + 0.5  # noqa: E731
+
+    def byte(*shape):
+        values = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+        return values.view(torch.uint8)
+
+    return (byte(6, 32), rand(6), byte(4, 48, 32), rand(4, 48) / 4, rand(4), byte(4, 32, 48),
+            rand(4) / 4, weights, offsets, order, dtype)  # fmt: skip
 
 
 def _fake(x, up, down, weights, offsets, order):
@@ -176,4 +236,15 @@ moe_experts = register(
     cuda=_forward_cuda,
     setup_context=_setup,
     backward=_backward,
+)
+
+moe_experts_fp8 = register(
+    FAMILY,
+    "moe_experts_fp8(Tensor x, Tensor x_scale, Tensor up, Tensor up_scale, Tensor hidden_scale, "
+    "Tensor down, Tensor down_scale, Tensor weights, Tensor offsets, Tensor order, "
+    "ScalarType dtype) -> Tensor",
+    reference=ref.forward_fp8,
+    fake=lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
+    example=_example_fp8,
+    cuda=_fp8_cuda,
 )

@@ -72,6 +72,41 @@ def backward(
     return dx, dup, ddown, dweights.view_as(weights)
 
 
+def forward_fp8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    up: torch.Tensor,
+    up_scale: torch.Tensor,
+    hidden_scale: torch.Tensor,
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y of :func:`forward` with x, up, down and the hidden layer in E4M3 (bytes here).
+
+    A matrix is its E4M3 values times its scale: one or one per token (x), one per expert or one per
+    row of an expert's matrix (up, down), one per expert (hidden). Products of the values accumulate
+    wide and are multiplied by the weight's scale and then by the other one. The hidden layer is
+    relu(.)**2 * (1 / hidden_scale), saturated at 448 and rounded once. Rows that leave the down
+    projection, and y, are rounded to ``dtype``.
+    """
+    acc, slot = acc_dtype(weights), order.long()
+    x, up, down = (t.view(torch.float8_e4m3fn) for t in (x, up, down))
+    token = slot // weights.shape[1]
+    row_scale = x_scale.to(acc).reshape(-1, 1).expand(x.shape[0], 1)
+    out = x.new_empty((slot.numel(), x.shape[1]), dtype=dtype)  # in slot order
+    for e, r in segments(offsets):
+        rows, scale = x[token[r]].to(acc), hidden_scale[e].to(acc)
+        a = linear(rows, up[e].to(acc)) * up_scale[e].to(acc) * row_scale[token[r]]
+        hidden = (a.relu().square() * (1 / scale)).clamp(max=448).to(torch.float8_e4m3fn)
+        rows = linear(hidden.to(acc), down[e].to(acc)) * down_scale[e].to(acc) * scale
+        out[slot[r]] = rows.to(dtype)
+    return slot_sum(out.view(*weights.shape, x.shape[1]), weights)
+
+
 def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
     start = 0

@@ -1,0 +1,159 @@
+"""Triton kernel of moe_experts in FP8: both operands E4M3, scales in the epilogue.
+
+The rows of x are gathered where they are loaded, squared ReLU and the quantisation of its result
+are the epilogue of the up projection, and the down projection puts each row where its slot is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nemokernels import _triton
+from nemokernels._tl import offset64, to_fp8
+from nemokernels._triton import cdiv
+from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_table
+
+E4M3 = torch.float8_e4m3fn
+
+
+@triton.jit
+def moe_experts_fp8_kernel(
+    a_ptr,
+    a_scale_ptr,
+    b_ptr,
+    b_scale_ptr,
+    hidden_scale_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    expert_ptr,
+    row_ptr,
+    slots,
+    width,
+    depth,
+    top_k,
+    stride_a,
+    UP: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
+    SCALE_PER_COLUMN: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One tile of a_r @ b_e^T. UP: a has a row per token and its scale one or one per token, the
+    # result is squared and quantised; else a is the hidden layer, under its expert's scale, and the
+    # result goes to its slot. b_e has one scale or one per column of the result.
+    blocks_n = tl.cdiv(width, BLOCK_N)
+    tile, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
+    expert = tl.load(expert_ptr + tile)
+    if expert < 0:
+        return
+    row = tl.load(row_ptr + tile) + tl.arange(0, BLOCK_M)
+    inside = row < tl.minimum(tl.load(offsets_ptr + expert), slots)
+    slot = tl.load(order_ptr + row, mask=inside, other=0)
+    inside &= (slot >= 0) & (slot < slots)  # a route that is not one stays in bounds
+    slot = tl.where(inside, slot, 0)
+    a_row = slot // top_k if UP else tl.where(inside, row, 0)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + (offset64(a_row, stride_a)[:, None] + k[None, :])
+    if not TMA:
+        b_row = offset64(expert, width) + tl.minimum(n, width - 1)
+        b_ptrs = b_ptr + ((b_row * depth)[None, :] + k[:, None])
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k < depth - start)[None, :], other=0.0)
+        if TMA:
+            b = b_ptr.load([expert * width + block_n * BLOCK_N, start]).T
+        elif EVEN_K:
+            b = tl.load(b_ptrs)
+        else:
+            b = tl.load(b_ptrs, mask=(k < depth - start)[:, None], other=0.0)
+        # Hopper's FP8 products keep 14 bits of a sum: every block is added in float32.
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=BLOCK_K)
+        a_ptrs += BLOCK_K
+        if not TMA:
+            b_ptrs += BLOCK_K
+    if SCALE_PER_COLUMN:
+        at = offset64(expert, width) + n
+        acc *= tl.load(b_scale_ptr + at, mask=n < width, other=0.0)[None, :]
+    else:
+        acc *= tl.load(b_scale_ptr + expert)
+    mask = inside[:, None] & (n < width)[None, :]
+    hidden_scale = tl.load(hidden_scale_ptr + expert)
+    if UP:
+        if SCALE_PER_ROW:
+            acc *= tl.load(a_scale_ptr + a_row, mask=inside, other=0.0)[:, None]
+        else:
+            acc *= tl.load(a_scale_ptr)
+        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
+        acc = acc * acc * tl.div_rn(1.0, hidden_scale)
+        out = to_fp8(acc, 448.0, tl.float8e4nv)
+        at = offset64(row, width)[:, None] + n[None, :]
+    else:
+        out = (acc * hidden_scale).to(out_ptr.dtype.element_ty)
+        at = offset64(slot, width)[:, None] + n[None, :]
+    tl.store(out_ptr + at, out, mask=mask)
+
+
+def forward(x, x_scale, up, up_scale, hidden_scale, down, down_scale, *route, dtype, config):
+    """As ref.forward_fp8."""
+    weights, offsets, order = (t.contiguous() for t in route)
+    slots, tile = order.shape[0], config.rows
+    table = tile_table(offsets, slots, tile.rows)
+    hidden = x.new_empty(slots, up.shape[1])
+    out = x.new_empty((slots, down.shape[1]), dtype=dtype)
+
+    def product(a, a_scale, b, b_scale, out, is_up):
+        a, b = a.contiguous().view(E4M3), b.contiguous().view(E4M3)
+        experts, width, depth = b.shape
+        grid = (table[0].shape[0] * cdiv(width, tile.columns),)
+        if not grid[0]:
+            return
+        tma = config.tma and takes_tma(b)
+        b_arg = b
+        if tma:
+            b_arg = TensorDescriptor.from_tensor(b.view(-1, depth), [tile.columns, tile.depth])
+        moe_experts_fp8_kernel[grid](
+            a, a_scale, b_arg, b_scale.contiguous(), hidden_scale, out, order, offsets, *table,
+            slots, width, depth, weights.shape[1], a.stride(0), UP=is_up,
+            SCALE_PER_ROW=a_scale.numel() != 1, SCALE_PER_COLUMN=b_scale.dim() == 2, TMA=tma,
+            EVEN_K=depth % tile.depth == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    hidden_scale = hidden_scale.contiguous()
+    product(x, x_scale.contiguous(), up, up_scale, hidden.view(E4M3), True)
+    product(hidden, hidden_scale, down, down_scale, out, False)
+    return slot_sum(out, weights, out.new_empty(x.shape))
+
+
+def specialisations():
+    """Launches to compile without a GPU: layers of the models, per-tensor and per-row scales."""
+    from nemokernels.ops.moe_experts.op import plan_fp8
+
+    def launch(tokens, E, top_k, X, F, per_row):
+        slots = tokens * top_k
+        byte = lambda *s: torch.empty(s, device="meta", dtype=torch.uint8)  # noqa: E731
+        real = lambda *s: torch.empty(s, device="meta")  # noqa: E731
+        ints = [torch.empty(n, device="meta", dtype=torch.int32) for n in (E, slots)]
+        scales = (real(tokens), real(E, F), real(E, X)) if per_row else (real(1), real(E), real(E))
+        args = (byte(tokens, X), scales[0], byte(E, F, X), scales[1], real(E), byte(E, X, F),
+                scales[2], real(tokens, top_k), *ints)  # fmt: skip
+        config = plan_fp8(slots, E, "", ("triton",), (9, 0))
+        return lambda: forward(*args, dtype=torch.bfloat16, config=config)
+
+    nano, super_ = (128, 6, 2688, 1856), (512, 22, 1024, 2688)
+    for label, tokens, shape, per_row in (
+        ("nano 16384", 16384, nano, False), ("super 1024", 1024, super_, True),
+        ("nano 8", 8, nano, False),
+    ):  # fmt: skip
+        yield _triton.Specialisation(f"fp8 {label}", launch(tokens, *shape, per_row))

@@ -1,0 +1,97 @@
+"""The Triton kernel of moe_experts in FP8, interpreted, against the reference."""
+
+import pytest
+import torch
+
+from nemokernels import testing
+from nemokernels.ops.moe_experts import kernel_fp8, op, ref
+from nemokernels.ops.moe_route import ref as route
+
+TILES = {"small": op.Tile(16, 16, 32, 1, 1), "wide": op.Tile(32, 64, 64, 1, 1)}
+
+
+def byte(*shape):
+    return torch.randn(shape).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def make(tokens, experts, top_k, width, hidden, per_row=False, chosen=None):
+    if chosen is None:
+        scores = torch.rand(tokens, experts)
+        scores[:, 0] -= 1
+        chosen = scores.argsort(-1, descending=True)[:, :top_k]
+    _, offsets, order = route.group_rows(chosen, experts)
+    rand = lambda *shape: torch.rand(shape) + 0.5  # noqa: E731
+    scales = (rand(tokens), rand(experts, hidden), rand(experts, width)) if per_row else (
+        rand(1), rand(experts), rand(experts))  # fmt: skip
+    return (byte(tokens, width), scales[0], byte(experts, hidden, width), scales[1] / width,
+            rand(experts) / 9, byte(experts, width, hidden), scales[2] / hidden,
+            torch.rand(tokens, top_k), offsets, order)  # fmt: skip
+
+
+def compare(args, tile, tma=True, dtype=torch.float32):
+    config = op.Config("triton", TILES[tile], None, tma)
+    got = kernel_fp8.forward(*args, dtype=dtype, config=config)
+    low = ref.forward_fp8(*args, dtype)
+    exact = ref.forward_fp8(*testing.to_double(args), torch.float64)
+    assert got.dtype == dtype
+    testing.assert_matches(got, exact, low)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("size", [(21, 3, 2, 48, 64), (5, 5, 4, 32, 24), (1, 8, 3, 16, 80)])
+def test_forward(size, tile, tma, per_row):
+    compare(make(*size, per_row), tile, tma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_returned_dtypes(dtype):
+    compare(make(7, 3, 2, 32, 32), "wide", dtype=dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33])
+def test_all_to_one_expert(tokens):
+    compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "small")
+
+
+@pytest.mark.parametrize("tokens", [7, 127, 129])
+def test_routings(tokens):
+    compare(make(tokens, 2 + tokens % 5, 2, 16, 16, per_row=tokens % 2 == 0), "wide")
+
+
+def test_no_tokens():
+    args = make(0, 3, 2, 16, 16)
+    config = op.Config("triton", TILES["small"])
+    assert kernel_fp8.forward(*args, dtype=torch.float32, config=config).shape == (0, 16)
+
+
+def test_saturation():
+    args = list(make(12, 4, 2, 32, 32))
+    args[4] = torch.full((4,), 1e-9)
+    config = op.Config("triton", TILES["small"], None, True)
+    got = kernel_fp8.forward(*args, dtype=torch.float32, config=config)
+    want = ref.forward_fp8(*args, torch.float32)
+    assert want.isfinite().all() and want.any()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-12)
+
+
+def test_a_route_that_is_none_stays_in_bounds():
+    *args, weights, _, _ = make(4, 2, 2, 32, 32)
+    order = torch.tensor([0, -7, 99, 3, 1, 2, 5, 6], dtype=torch.int32)
+    offsets = torch.tensor([3, 900], dtype=torch.int32)
+    config = op.Config("triton", TILES["small"])
+    got = kernel_fp8.forward(*args, weights, offsets, order, dtype=torch.float32, config=config)
+    assert got.shape == (4, 32)
+
+
+def test_plan():
+    everywhere = ("triton", "reference")
+
+    def of(rows, capability=(9, 0), experts=128):
+        return op.plan_fp8(rows, experts, "", everywhere, capability)
+
+    assert [of(t * 6).rows.rows for t in (8, 1024, 16384)] == [16, 64, 128]
+    assert of(16384 * 6, (8, 9)).rows.rows == 64 and not of(8, (8, 9)).tma
+    assert "FP8 products need sm_89 or newer, this is sm_80" in of(8, (8, 0)).reason
+    assert "2048 experts, got 3000" in of(8, experts=3000).reason
