@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from nemokernels import fp8_linear, quantize_fp8
 from nemokernels.bench.rows import Subject
@@ -21,34 +22,45 @@ def codes(x, scale):
     return (x.float() * scale).clamp(-LARGEST, LARGEST).to(E4M3)
 
 
-def inputs(make, rows, width, *, transpose):
+def inputs(make, rows, width, *, transpose, squared_relu):
     x, scale = scaled(make, rows, width)
-    return dict(x=x, scale=scale, transpose=transpose)
+    if squared_relu:
+        scale = scale / 5
+    return dict(x=x, scale=scale, transpose=transpose, squared_relu=squared_relu)
 
 
-def ours(x, scale, transpose):
-    return quantize_fp8(x, scale, transpose=transpose)
+def ours(x, scale, transpose, squared_relu):
+    return quantize_fp8(x, scale, transpose=transpose, squared_relu=squared_relu)
 
 
-def eager(x, scale, transpose):
+def eager(x, scale, transpose, squared_relu):
+    x = F.relu(x).square() if squared_relu else x
     q, amax = codes(x, scale), x.abs().amax().float()
     return (q, amax, q.t().contiguous()) if transpose else (q, amax)
 
 
 def inputs_linear(make, M, K, N):
     (x, x_scale), (w, w_scale) = scaled(make, M, K), scaled(make, N, K)
-    return dict(x=x, weight=w, x_scale=x_scale, w_scale=w_scale)
+    return dict(x=x, weight=w, x_scale=x_scale, w_scale=w_scale, x8=codes(x, x_scale),
+                w8=codes(w, w_scale))  # fmt: skip
 
 
-def ours_linear(x, weight, x_scale, w_scale):
+def ours_linear(x, weight, x_scale, w_scale, x8, w8):
     return fp8_linear(x, weight, x_scale=x_scale, w_scale=w_scale)
 
 
-def eager_linear(x, weight, x_scale, w_scale):
-    return torch._scaled_mm(
-        codes(x, x_scale), codes(weight, w_scale).t(), scale_a=1 / x_scale, scale_b=1 / w_scale,
-        out_dtype=x.dtype, use_fast_accum=True,
-    )  # fmt: skip
+def product(x8, w8, x_scale, w_scale, dtype):
+    return torch._scaled_mm(x8, w8.t(), scale_a=1 / x_scale, scale_b=1 / w_scale, out_dtype=dtype,
+                            use_fast_accum=True)  # fmt: skip
+
+
+def eager_linear(x, weight, x_scale, w_scale, x8, w8):
+    return product(codes(x, x_scale), codes(weight, w_scale), x_scale, w_scale, x.dtype)
+
+
+def bare():
+    """The product of operands that were quantised before: what the layer's overhead is over."""
+    return lambda x, weight, x_scale, w_scale, x8, w8: product(x8, w8, x_scale, w_scale, x.dtype)
 
 
 class EagerLinear(torch.autograd.Function):
@@ -58,8 +70,7 @@ class EagerLinear(torch.autograd.Function):
     def forward(ctx, x, weight, x_scale, w_scale):
         x8, w8 = codes(x, x_scale), codes(weight, w_scale)
         ctx.save_for_backward(x8, w8, x_scale, w_scale)
-        return torch._scaled_mm(x8, w8.t(), scale_a=1 / x_scale, scale_b=1 / w_scale,
-                                out_dtype=x.dtype, use_fast_accum=True)  # fmt: skip
+        return product(x8, w8, x_scale, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -73,28 +84,35 @@ class EagerLinear(torch.autograd.Function):
         return dx, dw, None, None
 
 
-def eager_trained(x, weight, x_scale, w_scale):
+def eager_trained(x, weight, x_scale, w_scale, x8, w8):
     return EagerLinear.apply(x, weight, x_scale, w_scale)
 
 
-def quantise(title, transpose):
-    return Subject("fp8", title, inputs=partial(inputs, transpose=transpose), ours=ours,
-                   eager=eager, kept=("scale",), tiny=dict(rows=3, width=32))  # fmt: skip
+def quantise(title, transpose=False, squared_relu=False):
+    make_inputs = partial(inputs, transpose=transpose, squared_relu=squared_relu)
+    return Subject("fp8", title, inputs=make_inputs, ours=ours, eager=eager, kept=("scale",),
+                   tiny=dict(rows=3, width=32))  # fmt: skip
 
 
-QUANTIZE = quantise("quantize_fp8", False)
-TRANSPOSE = quantise("quantize_fp8 with transpose", True)
+QUANTIZE = {
+    False: [quantise("quantize_fp8"), quantise("quantize_fp8 of relu2", squared_relu=True)],
+    True: [
+        quantise("quantize_fp8 with transpose", transpose=True),
+        quantise("quantize_fp8 of relu2 with transpose", transpose=True, squared_relu=True),
+    ],
+}
 linear = dict(inputs=inputs_linear, ours=ours_linear, tiny=dict(M=32, K=48, N=16),
               kept=("x_scale", "w_scale"))  # fmt: skip
-LINEAR = Subject("fp8", "fp8_linear", eager=eager_linear, **linear)
+LINEAR = Subject("fp8", "fp8_linear", eager=eager_linear, peers={"scaled_mm": bare}, **linear)
 TRAINED = Subject("fp8", "fp8_linear", eager=eager_trained, wrt=("x", "weight"), **linear)
 
 ROWS = []
 for width in (4096, 21504):
     shape = dict(rows=16384, width=width)
-    for subject, transpose in ((QUANTIZE, False), (TRANSPOSE, True)):
+    for transpose, subjects in QUANTIZE.items():
         counted = cost.quantize(16384 * width, 2, transpose)
-        ROWS.append(subject.row(f"16384 x {width}", cost=counted, quick=width == 4096, **shape))
+        for subject in subjects:
+            ROWS.append(subject.row(f"16384 x {width}", cost=counted, quick=width == 4096, **shape))
 for K, N in ((4096, 18560), (4096, 21504), (2688, 10304)):
     shape = dict(M=16384, K=K, N=N)
     label, quick = f"16384 x {K} to {N}", N == 18560

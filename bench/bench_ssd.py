@@ -102,7 +102,52 @@ def fla():
 SSD = Subject(
     "ssd", "mamba_chunk_scan_combined", inputs=inputs, ours=ours, exact=exact, eager=eager,
     peers={"mamba_ssm": mamba_ssm, "fla": fla}, wrt=("x", "dt", "A", "B", "C", "D", "dt_bias"),
-    tiny=dict(B=2, T=300, H=4, P=8, G=2, N=16),
+    tiny=dict(B=1, T=600, H=4, P=8, G=2, N=16),
+)  # fmt: skip
+
+
+def inputs_packed(make, T, S, H, P, G, N):
+    """S sequences of unequal length in one row of T tokens."""
+    share = torch.rand(S, generator=torch.Generator().manual_seed(0)) + 0.1
+    ends = (share.cumsum(0) / share.sum() * T).round().int()
+    bounds = [0, *ends[:-1].tolist(), T]
+    seq_idx = torch.arange(S, dtype=torch.int32).repeat_interleave(torch.tensor(bounds).diff())
+    return dict(
+        inputs(make, 1, T, H, P, G, N), bounds=bounds, seq_idx=seq_idx[None].to(make.device),
+        cu_seqlens=make.tensor(bounds, torch.int32),
+    )  # fmt: skip
+
+
+def ours_packed(x, dt, A, B, C, D, dt_bias, bounds, seq_idx, cu_seqlens):
+    return mamba_chunk_scan_combined(
+        x, dt, A, B, C, CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True, cu_seqlens=cu_seqlens,
+        return_final_states=True,
+    )  # fmt: skip
+
+
+def one_by_one(scan):
+    """Every sequence by itself."""
+
+    def run(x, dt, A, B, C, D, dt_bias, bounds, seq_idx, cu_seqlens):
+        cuts = [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+        parts = [scan(x[:, c], dt[:, c], A, B[:, c], C[:, c], D, dt_bias) for c in cuts]
+        return torch.cat([y for y, _ in parts], 1), torch.cat([state for _, state in parts])
+
+    return run
+
+
+def mamba_ssm_packed():
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as peer
+
+    return lambda x, dt, A, B, C, D, dt_bias, bounds, seq_idx, cu_seqlens: peer(  # no states
+        x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=True, seq_idx=seq_idx
+    )
+
+
+PACKED = Subject(
+    "ssd", "mamba_chunk_scan_combined, packed", inputs=inputs_packed, ours=ours_packed,
+    exact=one_by_one(exact), eager=one_by_one(eager), peers={"mamba_ssm": mamba_ssm_packed},
+    wrt=SSD.wrt, tiny=dict(T=300, S=3, H=4, P=8, G=2, N=16),
 )  # fmt: skip
 
 ROWS = []
@@ -129,6 +174,11 @@ for way in ("forward", "backward"):
 add("nano3", 1, 131072, "backward")
 add("nano3", 1, 2048)
 add("nano3", 1, 8192)
+for S in (16, 128):
+    shape = mamba("nano3")
+    for way in ("forward", "backward"):
+        counted = getattr(cost, way)(1, 32768, **shape, itemsize=2, unit="bfloat16")
+        ROWS.append(PACKED.row(f"nano3 32768 in {S}", way, cost=counted, T=32768, S=S, **shape))
 
 
 def test_bench(benchmark, row, measure):

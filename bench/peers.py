@@ -15,7 +15,7 @@ DISTRIBUTIONS = {
     "flash_attn": ("flash-attn",),
     "flashinfer": ("flashinfer-python",),
     "sonic_moe": ("sonic-moe",),
-    "transformer_engine": ("transformer-engine",),
+    "scaled_mm": ("torch",),  # torch's own product of 8-bit operands
 }
 
 

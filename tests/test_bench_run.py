@@ -3,16 +3,20 @@
 import dataclasses
 import itertools
 import json
+import re
+import sys
 
 import pytest
 import torch
 from fake_clock import CARD, CPU, LIMITS, Clock, document, put_on_a_card, tiny
 from rich.console import Console
 
+from nemokernels._registry import FAMILIES
 from nemokernels.bench import ceilings, machine, peers, plans, report, run
 from nemokernels.bench.ceilings import Ceilings
-from nemokernels.bench.check import Task
+from nemokernels.bench.check import Judge, Task
 from nemokernels.bench.clock import Runner, Stats, race
+from nemokernels.ops.relu2 import op as relu2_op
 from nemokernels.ops.ssd import op as ssd_op
 
 
@@ -198,6 +202,76 @@ def test_short_forwards_are_captured_with_their_bytes(on_a_card, monkeypatch):
     backward = dataclasses.replace(short, way="backward")
     run.contest(backward, clock, LIMITS)
     assert clock.captured["relu2"] is None
+
+
+def test_floors_are_made_from_the_better_ceilings(on_a_card, monkeypatch):
+    fast = Ceilings(6.0e12, LIMITS.gemm, {})
+    found = iter((LIMITS, fast))
+    monkeypatch.setattr(run, "calibrate", lambda clock: next(found))
+    made = document(ops=("relu2",))
+    assert made["rows"][0]["floor"] == tiny("relu2")[0].cost.floor(6.0e12, {})
+    assert made["ceilings"]["drift"]["copy"] == 1.0
+
+
+def test_a_peer_that_breaks_while_it_is_made_ready_costs_only_itself(on_a_card):
+    class Clock_(Clock):
+        def ready(self, task, bytes):
+            if task.function.__name__ == self.breaks:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().ready(task, bytes)
+
+    clock = Clock_()
+    clock.breaks = "eager"
+    record = run.contest(tiny("relu2")[0], clock, LIMITS)
+    reason = next(e for e in record["entries"] if e["name"] == "torch eager")["not_measured"]
+    assert "out of memory" in reason and report.entry(record) and "failed" not in record
+    clock.breaks = "relu2"
+    assert run.contest(tiny("relu2")[0], clock, LIMITS)["failed"] == "out of memory"
+
+
+def test_every_backend_is_proven_before_a_clock_is_opened(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(run._backends, "usable", lambda family, device: order.append(family))
+    monkeypatch.setattr(run, "CudaClock", lambda device: order.append("clock"))
+    run.open_clock()
+    assert order == [*FAMILIES, "clock"]
+
+
+def test_the_reference_judges_and_a_writing_peer_hurts_nobody():
+    """Inside a judge every plan is the reference; a gradient that is written into is a copy."""
+    row = tiny("relu2", way="backward")[0]
+    seen = []
+
+    def ours(x):
+        seen.append(relu2_op.plan(x.numel(), "", ("triton", "reference")).backend)
+        return row.subject.ours(x)
+
+    subject = dataclasses.replace(row.subject, exact=ours)
+    judge = Judge(dataclasses.replace(row, subject=subject), CPU)
+    assert set(seen) == {"reference"}
+
+    class Rude(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.relu() ** 2
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy.mul_(0)
+
+    kept = judge.grad.clone()
+    judge.task(lambda x: Rude.apply(x)).once()
+    assert torch.equal(judge.grad, kept)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].backends])
+def test_every_op_with_kernels_plans_where_the_bench_looks(family):
+    """A choice made elsewhere would not be seen, nor could the reference be forced."""
+    modules = [m for n, m in sys.modules.items() if re.fullmatch(r"nemokernels\.ops\.\w+\.op", n)]
+    mine = [m for m in modules if any(v is FAMILIES[family] for v in vars(m).values())]
+    assert mine and all(any(name.startswith("plan") for name in vars(m)) for m in mine)
 
 
 # Plans
