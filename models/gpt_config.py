@@ -154,7 +154,6 @@ class GPTConfig:
         architecture = self.family.architecture
         return {
             **({"architectures": [architecture]} if architecture else {}),
-            "tie_word_embeddings": True,
             **self.extra,
             **{name: value for name, value in own.items() if value is not None},
         }

@@ -91,12 +91,21 @@ def test_greedy_generation_is_the_argmax_of_the_whole(family):
         assert row[len(prompt) :] == tokens
 
 
+# Rows that end within a vector, whose tail torch's tanh rounds differently from its body.
+ODD = {"bloom": dict(hidden_size=42),
+       "mt-nlg": dict(hidden_size=42, hidden_act="gelu_pytorch_tanh")}  # fmt: skip
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_exact_mode_ignores_the_batch(family):
-    model = families.model(family, dtype=torch.float32)
+    model = families.model(family, dtype=torch.float32, **ODD.get(family, {}))
     tokens = hybrids.tokens(3, 13)
-    with torch.no_grad(), exact():
-        assert torch.equal(model(tokens)[1:2], model(tokens[1:2]))
+    with torch.no_grad():
+        plain = model(tokens)
+        with exact():
+            whole = model(tokens)
+            assert torch.equal(whole[1:2], model(tokens[1:2]))
+    assert (whole - plain).abs().max() <= 1e-4 * plain.abs().max()
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

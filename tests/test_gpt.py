@@ -133,6 +133,8 @@ def test_positions_end_where_the_learned_ones_do():
     with pytest.raises(ValueError, match="`max_length` has sequences of 66 tokens, but 64"):
         generate(model, [[1] * 60], max_new_tokens=6)
     assert len(generate(model, [[1] * 60], max_new_tokens=4).tokens[0]) == 4
+    none = torch.zeros(1, dtype=torch.int32)
+    assert model(hybrids.tokens(1, 0), cu_seqlens=none).shape == (1, 0, 96)
     assert families.model("bloom")(hybrids.tokens(1, 65)).isfinite().all()
 
 

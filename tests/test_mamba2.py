@@ -71,6 +71,12 @@ def test_the_residual_stream_is_wide_if_asked(wide, dtype, stream):
     assert (x.dtype, residual.dtype) == (dtype, stream)
 
 
+def test_other_layers_are_refused():
+    with pytest.raises(ConfigError, match="`hybrid_override_pattern` of a mamba2 is 'MM-'"):
+        dataclasses.replace(families.config("mamba2"), hybrid_override_pattern="MM-",
+                            intermediate_size=8)  # fmt: skip
+
+
 def test_biases_start_at_zero():
     model = build(families.config("mamba2", use_bias=True))
     biases = [t for n, t in model.state_dict().items() if n.endswith("proj.bias")]

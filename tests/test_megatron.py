@@ -71,6 +71,17 @@ def test_every_value_arrives(model, fused, tmp_path):
     assert stored_bytes(tmp_path / "model")["backbone.layers.0.mixer.A_log"][0] == torch.float32
 
 
+def test_narrow_values_are_wide_in_memory_and_narrow_again_in_the_file(model, tmp_path):
+    given = {name: tensor.bfloat16() for name, tensor in megatron(model).items()}
+    made = from_megatron(model.config, given)
+    for leaf in ("A_log", "D", "dt_bias"):
+        held = made.state_dict()[f"backbone.layers.0.mixer.{leaf}"]
+        assert held.dtype == torch.float32
+        assert torch.equal(held, given[f"decoder.layers.0.mixer.{leaf}"].float())
+    save_pretrained(made, tmp_path / "model")
+    assert {value[0] for value in stored_bytes(tmp_path / "model").values()} == {torch.bfloat16}
+
+
 def test_shapes_of_the_study():
     shapes = megatron_shapes("Mamba-2-Hybrid 8B")
     assert len(shapes) == 24 * 9 + 28 * 3 + 4 * 3 + 3

@@ -83,8 +83,12 @@ def test_packed_equals_separate(wide, lengths):
     assert_close(out, torch.cat(want, 1))
 
 
-def test_packed_equals_separate_bit_for_bit_in_exact_mode():
-    model, lengths = hybrids.model(), (5, 0, 9, 1)
+@pytest.mark.parametrize(
+    "fields",
+    [dict(), dict(pattern="M-*-", mlp_hidden_act="gelu_pytorch_tanh", intermediate_size=37)],
+)
+def test_packed_equals_separate_bit_for_bit_in_exact_mode(fields):
+    model, lengths = hybrids.model(**fields), (5, 0, 9, 1)
     rows = [hybrids.tokens(1, n, seed=i) for i, n in enumerate(lengths)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     with exact():
