@@ -101,7 +101,7 @@ def plan_fp8(
         return Config("reference", reason=unsupported)
     # Not measured.
     load = slots / max(experts, 1)
-    roomy = capability in ROOMY
+    roomy = capability in _triton.ROOMY
     if load <= 12:
         tile = Tile(16, 64, 128, 4, 4)
     elif load <= 96 or not roomy:
