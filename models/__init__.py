@@ -24,6 +24,8 @@ from nemokernels.models.fp8 import (
 from nemokernels.models.generation import Generation, generate
 from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.hymba import Hymba
+from nemokernels.models.hymba_config import HymbaConfig
 from nemokernels.models.images import Clip, ImageError, load_clip, load_image
 from nemokernels.models.linear import exact
 from nemokernels.models.mamba2_config import Mamba2Config
@@ -53,6 +55,8 @@ __all__ = [
     "GPT",
     "GPTConfig",
     "Generation",
+    "Hymba",
+    "HymbaConfig",
     "ImageError",
     "Mamba2Config",
     "MambaConfig",

@@ -11,6 +11,8 @@ from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.families import Config
 from nemokernels.models.gpt import GPT
 from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.hymba import Hymba
+from nemokernels.models.hymba_config import HymbaConfig
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.nemotron_h import NemotronH
@@ -24,6 +26,7 @@ __all__ = ["build"]
 
 MODELS: dict[type[Config], type[CausalLM]] = {
     NemotronHConfig: NemotronH,
+    HymbaConfig: Hymba,
     MambaConfig: NemotronH,
     Mamba2Config: NemotronH,
     DecoderConfig: Decoder,

@@ -10,6 +10,7 @@ from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.fields import ConfigError, check_object, read_file, show
 from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.hymba_config import HymbaConfig
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.reward_config import REWARD, RewardConfig
@@ -17,10 +18,19 @@ from nemokernels.models.vl_config import MODEL_TYPE, NemotronVLConfig, refuse_so
 
 __all__ = ["CONFIGS", "Config", "parse_config", "read_config", "unwrapped"]
 
-Config = NemotronHConfig | DecoderConfig | GPTConfig | MambaConfig | NemotronVLConfig | RewardConfig
+Config = (
+    NemotronHConfig
+    | DecoderConfig
+    | GPTConfig
+    | MambaConfig
+    | HymbaConfig
+    | NemotronVLConfig
+    | RewardConfig
+)
 CONFIGS: dict[str, type[Config]] = {
     "nemotron_h": NemotronHConfig,
     "nemotron_h_puzzle": NemotronHConfig,
+    "hymba": HymbaConfig,
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,
     **dict.fromkeys(decoder_config.FAMILIES, DecoderConfig),

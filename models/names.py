@@ -16,6 +16,7 @@ import torch
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.decoder_config import DecoderConfig
 from nemokernels.models.gpt_config import GPTConfig
+from nemokernels.models.hymba_config import HymbaConfig
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.reward_config import RewardConfig
@@ -246,7 +247,7 @@ def _mixer(config: NemotronHConfig | MambaConfig, letter: str, prefix: str) -> S
             yield f"{prefix}.fc2_latent_proj.weight", (H, latent)
 
 
-def _selective_scan(config: MambaConfig, prefix: str) -> Shapes:
+def _selective_scan(config: MambaConfig | HymbaConfig, prefix: str) -> Shapes:
     inner, state, rank = config.d_inner, config.state_size, config.time_step_rank
     yield f"{prefix}.conv1d.weight", (inner, 1, config.conv_kernel)
     if config.use_conv_bias:
@@ -261,6 +262,34 @@ def _selective_scan(config: MambaConfig, prefix: str) -> Shapes:
 def _mlp(prefix: str, width: int, inner: int) -> Shapes:
     yield f"{prefix}.up_proj.weight", (inner, width)
     yield f"{prefix}.down_proj.weight", (width, inner)
+
+
+def _hymba_shapes(config: HymbaConfig) -> Shapes:
+    H, V, inner, F = (
+        config.hidden_size, config.vocab_size, config.d_inner, config.intermediate_size
+    )  # fmt: skip
+    queries = config.num_attention_heads * config.qk_head_dim
+    keys = config.num_key_value_heads * (config.qk_head_dim + config.v_head_dim)
+    yield "model.embed_tokens.weight", (V, H)
+    yield "model.meta_tokens", (config.meta_tokens, H)
+    for index, source in enumerate(config.sources):
+        prefix = f"model.layers.{index}"
+        rows = queries + keys * (source == index) + 2 * inner
+        yield f"{prefix}.input_layernorm.weight", (H,)
+        yield f"{prefix}.mixer.in_proj.weight", (rows, H)
+        yield from _selective_scan(config, f"{prefix}.mixer.mamba")
+        for leaf, size in (("dt", config.time_step_rank), ("B", config.state_size),
+                           ("C", config.state_size)):  # fmt: skip
+            yield f"{prefix}.mixer.mamba.{leaf}_layernorm.weight", (size,)
+        yield f"{prefix}.mixer.pre_avg_layernorm1.weight", (inner,)
+        yield f"{prefix}.mixer.pre_avg_layernorm2.weight", (inner,)
+        yield f"{prefix}.mixer.out_proj.weight", (H, inner)
+        yield f"{prefix}.pre_ffn_layernorm.weight", (H,)
+        for leaf, shape in (("gate", (F, H)), ("up", (F, H)), ("down", (H, F))):
+            yield f"{prefix}.mlp.{leaf}_proj.weight", shape
+    yield "model.norm.weight", (H,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (V, H)
 
 
 def _vl_shapes(config: NemotronVLConfig) -> Shapes:
@@ -286,6 +315,7 @@ def _vl_shapes(config: NemotronVLConfig) -> Shapes:
 
 _FAMILIES = {
     NemotronHConfig: (_NEMOTRON_H, _hybrid_shapes),
+    HymbaConfig: (_DECODER, _hymba_shapes),
     MambaConfig: (_NEMOTRON_H, _hybrid_shapes),
     Mamba2Config: (_NEMOTRON_H, _hybrid_shapes),
     DecoderConfig: (_DECODER, _decoder_shapes),

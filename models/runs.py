@@ -50,7 +50,14 @@ class Run(Protocol):
         """Causal attention of q (B, T, heads, head_dim); ``bias`` as ``attention`` takes it."""
 
     def positions(self, tokens) -> torch.Tensor:
-        """Of every token (B, T) in its sequence: int64, (B, T) or (1, T)."""
+        """Of every token (B, T) in its sequence, the model's prefix included: int64, (B, T) or
+        (1, T)."""
+
+    def prepend(self, x, prefix) -> torch.Tensor:
+        """x (B, T, H) with ``prefix`` (P, H) before every sequence that begins in this call."""
+
+    def strip(self, x) -> torch.Tensor:
+        """x without what :meth:`prepend` put in."""
 
     def commit(self) -> None:
         """All layers have run."""
@@ -85,6 +92,24 @@ class Packed:
         if self.cu_seqlens is None:
             return index[None]
         return (index - self.cu_seqlens[_sequence(self.cu_seqlens, index)])[None]
+
+    def prepend(self, x, prefix):
+        rows, length, width = x.shape
+        if self.cu_seqlens is None:
+            self.places = torch.arange(length, device=x.device) + len(prefix)
+            return torch.cat([prefix.expand(rows, -1, -1), x], 1)
+        index = torch.arange(length, device=x.device)
+        self.places = index + len(prefix) * (_sequence(self.cu_seqlens, index) + 1)
+        sequences = self.cu_seqlens.shape[0] - 1
+        ahead = torch.arange(sequences + 1, dtype=torch.int32, device=x.device) * len(prefix)
+        self.cu_seqlens = self.cu_seqlens + ahead
+        index = self.cu_seqlens[:-1, None] + torch.arange(len(prefix), device=x.device)
+        longer = x.new_zeros(1, length + sequences * len(prefix), width)
+        longer = longer.index_copy(1, index.flatten(), prefix.repeat(sequences, 1)[None])
+        return longer.index_copy(1, self.places, x)
+
+    def strip(self, x):
+        return x.index_select(1, self.places)
 
     def commit(self):
         pass
@@ -122,8 +147,9 @@ class Prefill:
         self._check_sequences(rows * length)
         places = state.rows(self.slots)
         self.lengths = state.all_mtp_lengths if mtp else state.all_lengths
-        self.starts = self.lengths[places].tolist()
-        self._check_room()
+        starts = self.lengths[places].tolist()
+        self._check_room(starts)
+        self.starts = [start + state.prefix for start in starts]  # that the cache holds already
         # The sequences that have a slot, their slots, and which state of the slot is current.
         self.sequences = (self.slots >= 0).nonzero().squeeze(1)
         self.places = places[self.sequences]
@@ -135,9 +161,9 @@ class Prefill:
               f"`cu_seqlens` must ascend from 0 to {tokens}, got {bounds}")  # fmt: skip
         check("Prefill", len(set(slots)) == len(slots), f"`slots` repeats a slot: {slots}")
 
-    def _check_room(self) -> None:
+    def _check_room(self, starts: list[int]) -> None:
         for i, slot in self.live:
-            end = self.starts[i] + self.bounds[i + 1] - self.bounds[i]
+            end = starts[i] + self.bounds[i + 1] - self.bounds[i]
             check("Prefill", end <= self.state.max_length,
                   f"slot {slot} would hold {end} tokens, but `max_length` is "
                   f"{self.state.max_length}")  # fmt: skip
@@ -207,6 +233,12 @@ class Prefill:
         before = torch.tensor(self.starts, dtype=torch.int64, device=tokens.device)
         return (before[sequence] + index - self.cu_seqlens[sequence]).view(tokens.shape)
 
+    def prepend(self, x, prefix):
+        return x  # the state has it
+
+    def strip(self, x):
+        return x
+
     def commit(self):
         self.lengths[self.places] += self.cu_seqlens.diff()[self.sequences]
         if not self.mtp:
@@ -234,7 +266,8 @@ class Decode:
         self.config, self.state, self.mtp, self.length = config, state, mtp, length
         self.slots = state.check_slots(slots, rows)
         index = state.rows(self.slots)
-        self.lengths = (state.all_mtp_lengths if mtp else state.all_lengths)[index]
+        lengths = (state.all_mtp_lengths if mtp else state.all_lengths)[index]
+        self.lengths = lengths + state.prefix if state.prefix else lengths
         self.accepted = state.all_accepted[index]
 
     def conv(self, layer, x, weight, bias):
@@ -304,6 +337,12 @@ class Decode:
 
     def positions(self, tokens):
         return self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+
+    def prepend(self, x, prefix):
+        return x  # the state has it
+
+    def strip(self, x):
+        return x
 
     def commit(self):
         if not self.mtp:

@@ -14,6 +14,9 @@ __all__ = ["State"]
 class State:
     """Caches of ``slots`` sequences: convolution windows, SSM states, keys and values.
 
+    A model may put ``meta_tokens`` of its own before every sequence. They are part of a slot from
+    the start (:meth:`begin_with`) and not counted, neither in ``max_length`` nor in the lengths.
+
     Args:
         config: of the model; its ``mamba_layers`` and ``kv_heads`` say which layers keep what.
         slots: sequences held at once.
@@ -28,8 +31,9 @@ class State:
     Attributes:
         conv: per Mamba layer, (slots, conv_dim, W - 1 + draft_tokens).
         ssm: per Mamba layer, (slots, draft_tokens + 1, heads, head_dim, state_size).
-        keys, values: per attention layer, (slots, max_length, KV heads, head_dim). Layers of the
-            MTP block count on from the trunk's.
+        keys, values: per attention layer, (slots, prefix + max_length, KV heads, head_dim). Layers
+            of the MTP block count on from the trunk's.
+        prefix: places at the start of every slot that the model's meta tokens take.
         lengths, mtp_lengths: (slots,) int32, tokens held for the trunk and for the MTP block.
         accepted: (slots,) int32, how many tokens of the slot's last decode call stand, counted
             from 1; the current SSM state is at this index minus one.
@@ -65,6 +69,7 @@ class State:
         self.ssm: dict[int, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.prefix = getattr(config, "meta_tokens", 0)
         self.window = config.conv_kernel - 1 if config.mamba_layers else 0
         for index in config.mamba_layers:
             window = self.window + draft_tokens
@@ -74,13 +79,15 @@ class State:
             shape = (slots, draft_tokens + 1, heads, width, config.ssm_state_size)
             self.ssm[index] = zeros(*shape, kind=ssm_dtype)
         for index, heads in config.kv_heads.items():
-            shape = (slots, max_length, heads, config.head_dim)
+            shape = (slots, self.prefix + max_length, heads, config.head_dim)
             self.keys[index], self.values[index] = zeros(*shape), zeros(*shape)
         # One entry more than there are slots: padding rows read and write the last.
         self.all_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_mtp_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_accepted = zeros(slots + 1, kind=torch.int32).fill_(1)
         self.pending: tuple[torch.Tensor, int] | None = None
+        # What a sequence begins with: zero, or per recurrent tensor what begin_with found.
+        self.beginning: list[torch.Tensor] | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -131,10 +138,21 @@ class State:
         """Forget the sequences in ``slots``, by default all. They can then start anew."""
         self.check_settled("State.reset")
         rows = list(range(self.slots)) if slots is None else list(slots)
-        lengths = (self.all_lengths, self.all_mtp_lengths)
-        for tensor in (*self.conv.values(), *self.ssm.values(), *lengths):
+        for tensor in (*self._recurrent(), self.all_lengths, self.all_mtp_lengths):
             tensor[rows] = 0
+        for tensor, first in zip(self._recurrent(), self.beginning or ()):
+            tensor[rows] = first
         self.all_accepted[rows] = 1
+
+    def begin_with(self, slot: int) -> None:
+        """Let every sequence begin with what ``slot`` holds now: all slots at once, and every slot
+        that is reset later. Of keys and values, the ``prefix`` places are copied."""
+        self.check_settled("State.begin_with")
+        self.beginning = [tensor[slot].clone() for tensor in self._recurrent()]
+        for tensor, first in zip(self._recurrent(), self.beginning):
+            tensor[:] = first
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[:, : self.prefix] = tensor[slot, : self.prefix].clone()
 
     def fork(self, source: int, target: int) -> None:
         """Make slot ``target`` a copy of slot ``source``, for a second continuation."""
@@ -175,6 +193,9 @@ class State:
         counts = torch.as_tensor(counts, device=self.device).to(torch.int32)
         check_tensor(where, "counts", counts, shape=slots.shape, dims="(B,)")
         return torch.where(slots < 0, 0, counts)  # the padding entry stays zero
+
+    def _recurrent(self) -> list[torch.Tensor]:
+        return [*self.conv.values(), *self.ssm.values()]
 
     def _tensors(self) -> list[torch.Tensor]:
         caches = (self.conv, self.ssm, self.keys, self.values)

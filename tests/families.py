@@ -40,6 +40,12 @@ FIELDS = {
     "mamba2": dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16,
                    state_size=16, n_groups=2, chunk_size=8, layer_norm_epsilon=1e-3,
                    initializer_range=0.02, model_type="mamba2"),
+    # Windowed layers that share their keys, one alone, and a global one; a window of three.
+    "hymba": dict(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, qk_head_dim=8, v_head_dim=16, intermediate_size=24,
+                  state_size=4, time_step_rank=3, meta_tokens=5, sliding_window=3,
+                  global_attn_layers=[0], kv_reuse_groups=[[1, 2]], rope_theta=100.0,
+                  tie_word_embeddings=False, model_type="hymba"),
     "mamba": dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, state_size=4,
                   time_step_rank=3, layer_norm_epsilon=1e-3, initializer_range=0.02,
                   tie_word_embeddings=False, model_type="mamba"),

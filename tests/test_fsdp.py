@@ -40,7 +40,7 @@ def test_every_gradient_equals_the_single_process(world2, tmp_path):
         assert got[name].abs().max() > 0, name
 
 
-@pytest.mark.parametrize("family", ["nemotron-nas", "bloom"])
+@pytest.mark.parametrize("family", ["nemotron-nas", "bloom", "hymba"])
 def test_other_families_with_a_tied_head(family, tmp_path):
     """Gradients, and the model that the ranks export: one weight for embeddings and head."""
     torchrun(2, tmp_path, "train", family)
