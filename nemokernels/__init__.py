@@ -22,6 +22,7 @@ from nemokernels.ops.fp8 import (
     quantize_fp8,
 )
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
+from nemokernels.ops.mamba_step import mamba_step
 from nemokernels.ops.moe_experts import FP8Experts, moe_experts
 from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
 from nemokernels.ops.mtp_verify import Verdict, mtp_verify
@@ -75,6 +76,7 @@ __all__ = [
     "linear_cross_entropy",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
+    "mamba_step",
     "moe_experts",
     "moe_route",
     "mtp_verify",

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from nemokernels._checks import check, check_tensor
+
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -57,3 +59,30 @@ def philox4x32(
 def uniform(word: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Map a 32-bit word to [0, 1) with 24 bits: ``(word >> 8) * 2**-24``, exact in float32."""
     return (word >> 8).to(dtype) * 2.0**-24
+
+
+def rounding_seed(
+    where: str, seed: int | torch.Tensor | None, rounds: int, state: torch.Tensor
+) -> torch.Tensor | None:
+    """A ``seed`` argument as a one-element int64 tensor on the state's device; None stays None.
+
+    Raises:
+        TypeError, ValueError: it is no 64-bit integer, or the state is not float16.
+    """
+    if seed is None:
+        return None
+    check(where, state.dtype == torch.float16,
+          "`seed` asks for stochastic rounding, which needs a float16 state, got {}",
+          state.dtype)  # fmt: skip
+    check(where, rounds >= 1, "`philox_rounds` must be at least 1, got {}", rounds)
+    if isinstance(seed, torch.Tensor):
+        check_tensor(where, "seed", seed, dtypes=(torch.int64,), device=state.device)
+        check(where, seed.numel() == 1,
+              "`seed` has shape {}, expected one element", tuple(seed.shape))  # fmt: skip
+        return seed.reshape(1)
+    if not isinstance(seed, int):
+        got = type(seed).__name__
+        raise TypeError(f"{where}: `seed` must be an int or a torch.Tensor, got {got}")
+    check(where, -(1 << 63) <= seed < 1 << 64, "`seed` is {}, expected a 64-bit integer", seed)
+    # A fill, not a copy from the host: it may stand in a captured CUDA graph.
+    return state.new_full((1,), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64)

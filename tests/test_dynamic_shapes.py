@@ -29,6 +29,13 @@ def moe(t):
     return nk.moe_experts(rand(t, 16), rand(8, 24, 16), rand(8, 16, 24), route)
 
 
+def step(t):
+    return nk.mamba_step(
+        rand(t, 2, 48), rand(t, 2, 4), torch.zeros(t, 48, 5), torch.zeros(t, 2, 4, 8, 4),
+        rand(48, 4), rand(48), -torch.rand(4), torch.full((t,), 3, dtype=torch.int32), ngroups=2,
+    )  # fmt: skip
+
+
 CASES = {
     "rms_norm": lambda t: nk.rms_norm(rand(2, t, 16), rand(16), residual=rand(2, t, 16))[0],
     "rmsnorm_fn": lambda t: nk.rmsnorm_fn(
@@ -40,6 +47,7 @@ CASES = {
     ),
     "ssd": ssd,
     "mixer": mixer,
+    "mamba_step": step,
     "attention": lambda t: nk.attention(rand(2, t, 4, 8), rand(2, t, 2, 8), rand(2, t, 2, 8)),
     "linear_cross_entropy": lambda t: nk.linear_cross_entropy(
         rand(t, 16), rand(32, 16), torch.randint(32, (t,))

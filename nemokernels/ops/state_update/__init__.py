@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels._philox import rounding_seed
 from nemokernels.ops.state_update import op
 
 __all__ = ["selective_state_update"]
@@ -129,7 +130,7 @@ def selective_state_update(
         dt_bias = _tied("dt_bias", dt_bias, (*lead, P), 1, f"({head}P)", common)
     _check_slots(slots, T, state_batch_indices, dst_state_batch_indices, num_accepted_tokens,
                  cu_seqlens, state.device)  # fmt: skip
-    seed = _seed(seed, philox_rounds, state)
+    seed = rounding_seed(FN, seed, philox_rounds, state)
     if not heads:
         state, x, dt, B, C = (t.unsqueeze(1) for t in (state, x, dt, B, C))
         A, D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_bias))
@@ -183,21 +184,3 @@ def _check_slots(slots, tokens, source, destination, accepted, cu_seqlens, devic
                      dtypes=INTEGERS, device=device)  # fmt: skip
         check(FN, source is not None and source.dim() == 2,
               "`num_accepted_tokens` needs a 2-D state_batch_indices")  # fmt: skip
-
-
-def _seed(seed: int | torch.Tensor | None, rounds: int, state: torch.Tensor):
-    if seed is None:
-        return None
-    check(FN, state.dtype == torch.float16,
-          "`seed` asks for stochastic rounding, which needs a float16 state, got {}",
-          state.dtype)  # fmt: skip
-    check(FN, rounds >= 1, "`philox_rounds` must be at least 1, got {}", rounds)
-    if isinstance(seed, torch.Tensor):
-        check_tensor(FN, "seed", seed, dtypes=(torch.int64,), device=state.device)
-        check(FN, seed.numel() == 1, "`seed` has shape {}, expected one element", tuple(seed.shape))
-        return seed.reshape(1)
-    if not isinstance(seed, int):
-        raise TypeError(f"{FN}: `seed` must be an int or a torch.Tensor, got {type(seed).__name__}")
-    check(FN, -(1 << 63) <= seed < 1 << 64, "`seed` is {}, expected a 64-bit integer", seed)
-    # A fill, not a copy from the host: it may stand in a captured CUDA graph.
-    return state.new_full((1,), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64)

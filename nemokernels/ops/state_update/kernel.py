@@ -37,15 +37,22 @@ def _stochastic_half(value, bits):
 
 
 @triton.jit
-def _store_state(
-    state_ptr, value, slot, at, mask, seed, counter, slot_elements, stride_slot,
+def rounding_counters(head, p, P, N, BLOCK_N: tl.constexpr):
+    """The place in a contiguous slot (H, P, N) of every group of 8 along N, for rows p."""
+    group_of_8 = tl.arange(0, BLOCK_N // 8) * 8
+    return offset64(offset64(head, P) + p, N)[:, None] + group_of_8[None, :]
+
+
+@triton.jit
+def store_state(
+    ptr, value, slot, mask, seed, counter, slot_elements,
     STOCHASTIC: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
+    """Round a state to the cache's dtype and store it at ``ptr``; not if ``slot`` is negative."""
     if STOCHASTIC:
         bits = _random_bits(seed, offset64(slot, slot_elements) + counter, ROUNDS)
         value = _stochastic_half(value, bits)
-    ptr = state_ptr + offset64(slot, stride_slot) + at
-    tl.store(ptr, value.to(state_ptr.dtype.element_ty), mask=mask & (slot >= 0))
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask & (slot >= 0))
 
 
 @triton.jit
@@ -165,9 +172,7 @@ def state_update_kernel(
     seed = 0
     if STOCHASTIC:
         seed = tl.load(seed_ptr)
-    # The place of a group of 8 along N in a contiguous slot (H, P, N), for the random numbers.
-    group_of_8 = tl.arange(0, BLOCK_N // 8) * 8
-    counter = offset64(offset64(head, P) + p, N)[:, None] + group_of_8[None, :]
+    counter = rounding_counters(head, p, P, N, BLOCK_N)
     slot_elements = offset64(H, P) * N
 
     group = head // heads_per_group
@@ -208,17 +213,17 @@ def state_update_kernel(
         if TARGET_PER_TOKEN:
             target_at = offset64(sequence, target_width) + t
             target = tl.load(target_ptr + target_at, mask=t < target_width, other=-1).to(tl.int64)
-            _store_state(
-                state_ptr, state, target, at, inside, seed, counter, slot_elements,
-                stride_state_slot, STOCHASTIC, ROUNDS,
+            store_state(
+                state_ptr + offset64(target, stride_state_slot) + at, state, target, inside, seed,
+                counter, slot_elements, STOCHASTIC, ROUNDS,
             )  # fmt: skip
     if not TARGET_PER_TOKEN:
         target = source
         if HAS_TARGET:
             target = tl.load(target_ptr + sequence).to(tl.int64)
-        _store_state(
-            state_ptr, state, target, at, inside, seed, counter, slot_elements, stride_state_slot,
-            STOCHASTIC, ROUNDS,
+        store_state(
+            state_ptr + offset64(target, stride_state_slot) + at, state, target, inside, seed,
+            counter, slot_elements, STOCHASTIC, ROUNDS,
         )  # fmt: skip
 
 

@@ -64,7 +64,9 @@ def forward(
             gate = _wide(z[token], acc)
             out = out * silu(gate)
         y[token], running[rows] = out, stepped
-        _store(state, stepped, target[rows, t], seed, philox_rounds)
+        kept = target[rows, t] >= 0
+        slots = target[rows, t][kept]
+        state[slots] = rounded(stepped[kept], slots, state.dtype, seed, philox_rounds)
     return y.to(x.dtype)
 
 
@@ -97,12 +99,17 @@ def rounding_bits(
     return torch.stack((words & 0x1FFF, (words >> 16) & 0x1FFF), -1).flatten(3)[..., :N]
 
 
-def _store(state, value, slots, seed, rounds) -> None:
-    kept = slots >= 0
-    slots, value = slots[kept], value[kept]
-    if seed is not None and state.dtype == torch.float16:
-        value = stochastic_half(value.float(), rounding_bits(state.shape[1:], slots, seed, rounds))
-    state[slots] = value.to(state.dtype)
+def rounded(
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    dtype: torch.dtype,
+    seed: torch.Tensor | None,
+    rounds: int,
+) -> torch.Tensor:
+    """``value`` (rows, H, P, N) as it is stored in these slots of a state of ``dtype``."""
+    if seed is not None and dtype == torch.float16:
+        value = stochastic_half(value.float(), rounding_bits(value.shape[1:], slots, seed, rounds))
+    return value.to(dtype)
 
 
 def _sequences(slots, x, source, target, accepted, cu_seqlens):
