@@ -13,6 +13,7 @@ from nemokernels.ops.causal_conv1d import cost as conv
 from nemokernels.ops.cross_entropy import cost as cross_entropy
 from nemokernels.ops.fp8 import cost as fp8
 from nemokernels.ops.gated_rms_norm import cost as gated
+from nemokernels.ops.mamba_step import cost as mamba_step
 from nemokernels.ops.moe_experts import cost as experts
 from nemokernels.ops.moe_route import cost as route
 from nemokernels.ops.mtp_verify import cost as verify
@@ -99,6 +100,8 @@ def test_mixer_by_hand():
 
 
 def test_small_ones_by_hand():
+    # 3 rows of 2 tokens: 3 states of 120, 5 inputs of 44 channels, 2 x (44 + 4 + 20) beside them
+    assert mamba_step.forward(3, 2, 4, 5, 2, 6, 4, 4, 2).bytes == 3 * (360 * 4 + (220 + 136) * 2)
     assert state_update.forward(2, 4, 5, 2, 6, 4, 2).bytes == 2 * 960 + 2 * 2 * (60 + 24 + 4)
     assert conv.update(2, 1, 10, 3, 2).bytes == 2 * 2 * 10 * 4 * 2
     assert rms_norm.forward(3, 10, 2).bytes == 2 * 60
