@@ -13,13 +13,16 @@ from nemokernels.ops.causal_conv1d import (
 from nemokernels.ops.cross_entropy import linear_cross_entropy
 from nemokernels.ops.fp8 import (
     Fp8Codes,
+    Fp8Normed,
     cast_fp8_weight,
     current_scale,
     delayed_scaling_update,
     dequantize_fp8,
     fp8_linear,
     fp8_products,
+    gated_rms_norm_fp8,
     quantize_fp8,
+    rms_norm_fp8,
 )
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
 from nemokernels.ops.mamba_step import mamba_step
@@ -51,6 +54,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FP8Experts",
     "Fp8Codes",
+    "Fp8Normed",
     "NVFP4",
     "Route",
     "TiledNVFP4",
@@ -72,6 +76,7 @@ __all__ = [
     "dequantize_nvfp4",
     "fp8_linear",
     "fp8_products",
+    "gated_rms_norm_fp8",
     "hadamard16",
     "linear_cross_entropy",
     "mamba_chunk_scan_combined",
@@ -89,6 +94,7 @@ __all__ = [
     "quantize_nvfp4_weight",
     "relu2",
     "rms_norm",
+    "rms_norm_fp8",
     "rmsnorm_fn",
     "selective_scan_fn",
     "selective_state_update",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,6 +96,19 @@ def needs_reference(op: str, barred: str, backends: tuple[str, ...]) -> bool:
     if "reference" not in backends:
         raise RuntimeError(f"{op}: {barred or 'no backend can run here'}")
     return True
+
+
+def as_rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    """(..., D) as (rows, D) with unit stride along D; a view where the strides allow one."""
+    if t is None:
+        return None
+    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def row_stride(t: torch.Tensor | None) -> int:
+    """Elements between the rows of a matrix; 0 for one that is not there."""
+    return 0 if t is None else t.stride(0)
 
 
 def next_power_of_2(n: int) -> int:

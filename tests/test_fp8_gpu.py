@@ -10,7 +10,9 @@ from nemokernels import (
     dequantize_fp8,
     fp8_linear,
     fp8_products,
+    gated_rms_norm_fp8,
     quantize_fp8,
+    rms_norm_fp8,
     use_backend,
 )
 
@@ -87,6 +89,37 @@ def test_linear(relu2, tokens, dtype):
 
     on_gpu.compare(fn, [x, weight], [dy])
     assert set(fp8_products("gpu").values()) == {"scaled_mm"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("width", [33, 2688, 4096, 18432])
+def test_norms(width, transpose, dtype):
+    """The norm against its reference, the codes against those of the y that came out."""
+    x, other, dy = torch.randn(3, 65, width).to(dtype)
+    weight, scale = torch.randn(width).to(dtype), torch.tensor([37.0])
+    emitted = []
+
+    def norm(x, weight, residual):
+        normed = rms_norm_fp8(x, weight, scale.to(x.device), residual=residual,
+                              transpose=transpose)  # fmt: skip
+        emitted.append(normed)
+        return normed.y, normed.total
+
+    def gated(x, weight, z):
+        normed = gated_rms_norm_fp8(x, weight, scale.to(x.device), z=z, group_size=width // 3,
+                                    norm_before_gate=False, transpose=transpose)  # fmt: skip
+        emitted.append(normed)
+        return normed.y
+
+    on_gpu.compare(norm, [x, weight, other], [dy, other])
+    if width % 3 == 0:
+        on_gpu.compare(gated, [x, weight, other], [dy])
+    for y, _, codes, amax in [e for e in emitted if e.y.is_cuda]:
+        want = quantize_fp8(y.detach(), scale.cuda(), transpose=transpose)
+        assert torch.equal(codes.codes, want[0].view(torch.uint8)) and amax == want[1]
+        if transpose:
+            assert torch.equal(codes.transposed, want[2].view(torch.uint8))
 
 
 def test_a_bad_scale_is_nan():

@@ -202,7 +202,7 @@ def test_weight_cast_before():
         assert unread == 0
     codes = cast_fp8_weight(weight, transpose=False)
     assert torch.equal(fp8_linear(x, weight, weight_codes=codes), fp8_linear(x, weight))
-    with pytest.raises(ValueError, match="`weight_codes` has shape .*the gradient of x needs"):
+    with pytest.raises(ValueError, match="`weight_codes` has shape .*which the gradient needs"):
         fp8_linear(x.requires_grad_(), weight, weight_codes=codes)
 
 

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops.fp8 import op
+from nemokernels.ops.fp8.checks import (
+    FORMATS,
+    Fp8Codes,
+    check_codes,
+    check_float,
+    check_no_grad,
+    check_scalar,
+    check_scale,
+    format_dtype,
+)
 from nemokernels.ops.fp8.ledger import fp8_products
+from nemokernels.ops.fp8.norms import Fp8Normed, gated_rms_norm_fp8, rms_norm_fp8
 
 __all__ = [
     "Fp8Codes",
+    "Fp8Normed",
     "cast_fp8_weight",
     "current_scale",
     "delayed_scaling_update",
     "dequantize_fp8",
     "fp8_linear",
     "fp8_products",
+    "gated_rms_norm_fp8",
     "quantize_fp8",
+    "rms_norm_fp8",
 ]
-
-FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-
-
-class Fp8Codes(NamedTuple):
-    """A quantised weight (N, K): its codes as bytes, the same transposed (K, N), 1 / scale ()."""
-
-    codes: torch.Tensor
-    transposed: torch.Tensor
-    scale_inv: torch.Tensor
 
 
 def quantize_fp8(
@@ -70,9 +73,9 @@ def quantize_fp8(
     """
     where = "quantize_fp8"
     check_tensor(where, "x", x, dtypes=FLOATS)
-    _check_no_grad(where, "x", x)
-    _check_scale(where, "scale", scale, x.device)
-    dtype = _dtype(where, "format", format)
+    check_no_grad(where, "x", x)
+    check_scale(where, "scale", scale, x.device)
+    dtype = format_dtype(where, "format", format)
     check(where, x.dim() >= 1 or not transpose,
           "`x` needs at least one axis to be transposed, got a scalar")  # fmt: skip
     amax = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -100,9 +103,9 @@ def dequantize_fp8(
     """
     where = "dequantize_fp8"
     check_tensor(where, "q", q, dtypes=tuple(FORMATS.values()))
-    _check_no_grad(where, "q", q)
-    _check_scalar(where, "scale_inv", scale_inv, q.device)
-    _check_float(where, dtype)
+    check_no_grad(where, "q", q)
+    check_scalar(where, "scale_inv", scale_inv, q.device)
+    check_float(where, dtype)
     return op.dequantize(q.view(torch.uint8), scale_inv, q.dtype, dtype)
 
 
@@ -127,7 +130,7 @@ def current_scale(x: torch.Tensor, *, format: str = "e4m3") -> torch.Tensor:
     Source: per-tensor current scaling of NVIDIA Transformer Engine.
     """
     check_tensor("current_scale", "x", x, dtypes=FLOATS)
-    return op.current_scale(x, _dtype("current_scale", "format", format), False)
+    return op.current_scale(x, format_dtype("current_scale", "format", format), False)
 
 
 def delayed_scaling_update(
@@ -194,7 +197,7 @@ def delayed_scaling_update(
                      device=scales[0].device)  # fmt: skip
     check(where, algorithm in ("max", "most_recent"),
           "`algorithm` is {!r}, expected 'max' or 'most_recent'", algorithm)  # fmt: skip
-    largest = [torch.finfo(_dtype(where, "format", f)).max for f in formats]
+    largest = [torch.finfo(format_dtype(where, "format", f)).max for f in formats]
     tops = [value * 2.0**-margin for value in largest]
     if scales:
         op.delayed_scaling_update(scales, histories, amax, tops, algorithm == "most_recent")
@@ -221,9 +224,9 @@ def cast_fp8_weight(
     where = "cast_fp8_weight"
     check_tensor(where, "weight", weight, shape=(None, None), dims="(N, K)", dtypes=FLOATS)
     if scale is not None:
-        _check_scale(where, "scale", scale, weight.device)
+        check_scale(where, "scale", scale, weight.device)
     if amax is not None:
-        _check_scalar(where, "amax", amax, weight.device)
+        check_scalar(where, "amax", amax, weight.device)
     q, q_t, scale_inv = op.cast(weight, scale, amax, FORMATS["e4m3"], transpose=transpose)
     return Fp8Codes(q, q_t, scale_inv)
 
@@ -241,6 +244,7 @@ def fp8_linear(
     dy_amax: torch.Tensor | None = None,
     grad_format: str = "e5m2",
     squared_relu: bool = False,
+    x_codes: Fp8Codes | None = None,
     weight_codes: Fp8Codes | None = None,
     main_grad: torch.Tensor | None = None,
     layer: str = "",
@@ -280,6 +284,8 @@ def fp8_linear(
         grad_format: format of dy, "e5m2" (Transformer Engine's HYBRID) or "e4m3".
         squared_relu: multiply ``relu2(x)``, which is quantised as it is computed and never stored.
             Same bits as ``fp8_linear(relu2(x), ...)``.
+        x_codes: x in E4M3, as its producer has emitted it (:func:`rms_norm_fp8`); x itself, its
+            scale and its slot are then not read.
         weight_codes: the weight as :func:`cast_fp8_weight` has cast it before; the weight itself is
             then not read, ``w_scale`` and ``w_amax`` neither.
         main_grad: (N, K), floating; dweight is added to it in its dtype, and the weight gets none.
@@ -303,14 +309,14 @@ def fp8_linear(
                      device=x.device)  # fmt: skip
     for name, value in dict(x_scale=x_scale, w_scale=w_scale, dy_scale=dy_scale).items():
         if value is not None:
-            _check_scale(where, name, value, x.device)
+            check_scale(where, name, value, x.device)
     for name, value in dict(x_amax=x_amax, w_amax=w_amax, dy_amax=dy_amax).items():
         if value is not None:
-            _check_scalar(where, name, value, x.device)
+            check_scalar(where, name, value, x.device)
     if main_grad is not None:
         check_tensor(where, "main_grad", main_grad, shape=weight.shape, dims="(N, K)",
                      dtypes=FLOATS, device=x.device)  # fmt: skip
-    grad_dtype = _dtype(where, "grad_format", grad_format)
+    grad_dtype = format_dtype(where, "grad_format", grad_format)
 
     (x,) = autocast(x)
     train = torch.is_grad_enabled()
@@ -320,51 +326,12 @@ def fp8_linear(
         slot = w_amax if train else None
         weight_codes = op.cast(weight, w_scale, slot, e4m3, transpose=need_dx)
     else:
-        _check_codes(where, weight_codes, weight, need_dx)
-    slot = x_amax if train else None
-    x8, x8_t, x_inverse = op.cast(
-        x, x_scale, slot, e4m3, squared_relu=squared_relu, transpose=need_dw
-    )
-    return op.product(x, weight, bias, x8, x8_t, x_inverse, *weight_codes, dy_scale, dy_amax,
-                      main_grad, grad_dtype, squared_relu, layer)  # fmt: skip
-
-
-def _dtype(where: str, name: str, value: str) -> torch.dtype:
-    check(where, value in FORMATS, "`{}` is {!r}, expected 'e4m3' or 'e5m2'", name, value)
-    return FORMATS[value]
-
-
-def _check_float(where: str, dtype: torch.dtype) -> None:
-    if dtype not in FLOATS:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise TypeError(f"{where}: `dtype` is {dtype}, expected one of {names}")
-
-
-def _check_scalar(where: str, name: str, value: object, device: torch.device) -> None:
-    check_tensor(where, name, value, dtypes=(torch.float32,), device=device)
-    check(where, value.numel() == 1, "`{}` has shape {}, expected one element", name,
-          tuple(value.shape))  # fmt: skip
-    check(where, not value.requires_grad, "`{}` requires a gradient; it has none", name)
-
-
-def _check_scale(where: str, name: str, value: object, device: torch.device) -> None:
-    _check_scalar(where, name, value, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        number = value.item()
-        check(where, 0 < number < float("inf"), "`{}` is {}, expected a positive finite number",
-              name, number)  # fmt: skip
-
-
-def _check_no_grad(where: str, name: str, value: torch.Tensor) -> None:
-    wants = value.requires_grad and torch.is_grad_enabled()
-    check(where, not wants, "`{}` requires a gradient; quantisation has none", name)
-
-
-def _check_codes(where: str, codes: Fp8Codes, weight: torch.Tensor, transposed: bool) -> None:
-    name, (n, k), byte = "weight_codes", weight.shape, (torch.uint8,)
-    q, q_t, scale_inv = codes
-    check_tensor(where, name, q, shape=(n, k), dims="(N, K)", dtypes=byte, device=weight.device)
-    if transposed:
-        check_tensor(where, name, q_t, shape=(k, n), dims="(K, N), the transposed codes that the "
-                     "gradient of x needs,", dtypes=byte, device=weight.device)  # fmt: skip
-    _check_scalar(where, name, scale_inv, weight.device)
+        check_codes(where, "weight_codes", weight_codes, weight, need_dx)
+    if x_codes is None:
+        slot = x_amax if train else None
+        x_codes = op.cast(x, x_scale, slot, e4m3, squared_relu=squared_relu, transpose=need_dw)
+    else:
+        check(where, not squared_relu, "`x_codes` are of x, which excludes `squared_relu`")
+        check_codes(where, "x_codes", x_codes, x, need_dw)
+    return op.product(x, weight, bias, *x_codes, *weight_codes, dy_scale, dy_amax, main_grad,
+                      grad_dtype, squared_relu, layer)  # fmt: skip

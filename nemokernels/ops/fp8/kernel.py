@@ -23,6 +23,15 @@ FLOAT_MAX = tl.constexpr(ref.FLOAT_MAX)
 
 
 @triton.jit
+def store_inverse(inverse_ptr, scale):
+    """The first program stores 1 / scale, NaN for a scale without meaning."""
+    if tl.program_id(0) == 0:
+        inverse = tl.div_rn(1.0, scale)
+        valid = (scale > 0.0) & (scale <= FLOAT_MAX)
+        tl.store(inverse_ptr, tl.where(valid, inverse, float("nan")))
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr,
     scale_ptr,
@@ -55,10 +64,7 @@ def quantize_kernel(
     raise_amax(amax_ptr, x)
     if ROWS or TRANSPOSE:
         scale = tl.load(scale_ptr)
-        if program == 0:
-            inverse = tl.where((scale > 0.0) & (scale <= FLOAT_MAX), tl.div_rn(1.0, scale),
-                               float("nan"))  # fmt: skip
-            tl.store(inverse_ptr, inverse)
+        store_inverse(inverse_ptr, scale)
         q = to_fp8(x * scale, LARGEST, q_ptr.dtype.element_ty)
         if ROWS:
             tl.store(q_ptr + offset64(row, width)[:, None] + column[None, :], q, mask=mask)
@@ -248,7 +254,10 @@ def _scaled_mm(a, a_format, b, b_format, a_inverse, b_inverse, dtype, *, fast):
 
 def specialisations():
     """Launches to compile without a GPU: Nemotron-H 8B's activations, bfloat16."""
+    from nemokernels.ops.fp8 import kernel_norm
     from nemokernels.ops.fp8.op import plan
+
+    yield from kernel_norm.specialisations()
 
     meta = {"device": "meta"}
     x = torch.empty(16384, 4096, dtype=torch.bfloat16, **meta)

@@ -68,7 +68,8 @@ def plan_product(n: int, k: int, unsupported: str, backends: tuple[str, ...]) ->
     return Config("scaled_mm")
 
 
-def _usable(x: torch.Tensor) -> tuple[str, ...]:
+def usable(x: torch.Tensor) -> tuple[str, ...]:
+    """The backends of the FP8 operators that can run on x's device."""
     return _backends.usable(FAMILY.name, x.device)
 
 
@@ -83,33 +84,33 @@ def _run(name: str, reference, launcher: str, like: torch.Tensor, args, config: 
 
 def _quantize_cuda(*args):
     x, transpose = args[0], args[-1]
-    config = plan(transpose, _triton.unsupported(x), _usable(x))
+    config = plan(transpose, _triton.unsupported(x), usable(x))
     return _run("quantize_fp8", ref.quantize, "quantize", x, args, config)
 
 
 def _dequantize_cuda(*args):
     codes, scale_inv, _, dtype = args
     unsupported = _triton.unsupported(scale_inv, codes.new_empty(0, dtype=dtype))
-    config = plan(False, unsupported, _usable(codes))
+    config = plan(False, unsupported, usable(codes))
     return _run("dequantize_fp8", ref.dequantize, "dequantize", codes, args, config)
 
 
 def _current_scale_cuda(*args):
     x = args[0]
-    config = plan(False, _triton.unsupported(x), _usable(x))
+    config = plan(False, _triton.unsupported(x), usable(x))
     return _run("fp8_current_scale", ref.current_scale, "current_scale", x, args, config)
 
 
 def _update_cuda(*args):
     scales, histories, amax, _, _ = args
-    config = plan(False, _triton.unsupported(*scales, *histories, amax), _usable(scales[0]))
+    config = plan(False, _triton.unsupported(*scales, *histories, amax), usable(scales[0]))
     _run("delayed_scaling_update", ref.delayed_scaling_update, "update", scales[0], args,
          config)  # fmt: skip
 
 
 def _product_cuda(*args):
     x, w8, bias = args[0], args[6], args[2]
-    config = plan_product(*w8.shape, _triton.unsupported(x, bias), _usable(x))
+    config = plan_product(*w8.shape, _triton.unsupported(x, bias), usable(x))
     ledger.note(args[-1], ("forward",), config.backend)
     return _run("fp8_product", ref.product, "product", x, args, config)
 
@@ -118,7 +119,7 @@ def _product_backward_cuda(*args):
     dy, x8_t, w8_t, dtypes = args[0], args[4], args[6], args[9:12]
     grads = [dy.new_empty(0, dtype=dtype) for dtype in dtypes if dtype is not None]
     k = w8_t.shape[0] if dtypes[0] is not None else x8_t.shape[0]
-    config = plan_product(dy.shape[-1], k, _triton.unsupported(dy, *grads), _usable(dy))
+    config = plan_product(dy.shape[-1], k, _triton.unsupported(dy, *grads), usable(dy))
     _note_backward(args, config.backend)
     return _run("fp8_product_backward", ref.product_backward, "product_backward", dy, args,
                 config)  # fmt: skip

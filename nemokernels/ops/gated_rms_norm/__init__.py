@@ -50,7 +50,20 @@ def rmsnorm_fn(
     Source: Dao and Gu, "Transformers are SSMs", 2024; names and argument order are those of
     ``mamba_ssm.ops.triton.layernorm_gated.rmsnorm_fn`` (there ``bias`` has no default).
     """
-    fn = "rmsnorm_fn"
+    group = check_arguments("rmsnorm_fn", x, weight, bias, z, eps, group_size)
+    return op.gated_rms_norm(x, weight, bias, z, eps, group, norm_before_gate)[0]
+
+
+def check_arguments(
+    fn: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    eps: float,
+    group_size: int | None,
+) -> int:
+    """Raise as :func:`rmsnorm_fn` does, in the name of the function ``fn``; the size of a group."""
     check_tensor(fn, "x", x, dtypes=FLOATS)
     check(fn, x.dim() >= 1, "`x` needs at least one axis, got a scalar")
     width, device = x.shape[-1], x.device
@@ -63,4 +76,4 @@ def rmsnorm_fn(
     group = width if group_size is None else group_size
     check(fn, width == 0 or (group > 0 and width % group == 0),
           "`group_size` is {}, expected a divisor of the last axis ({})", group, width)  # fmt: skip
-    return op.gated_rms_norm(x, weight, bias, z, eps, max(group, 1), norm_before_gate)[0]
+    return max(group, 1)

@@ -5,15 +5,13 @@ A program holds a few rows of one group, so every element is read once and writt
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, sigmoid
-from nemokernels._triton import cdiv
+from nemokernels._triton import as_rows, cdiv, row_stride
 
 
 @triton.jit
@@ -150,12 +148,12 @@ def forward(x, weight, bias, z, eps, group_size, norm_before_gate, config):
     groups = x.shape[-1] // group_size
     y = x.new_empty(x.shape)
     rstd = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
-    x, z = _rows(x), _rows(z)
+    x, z = as_rows(x), as_rows(z)
     rows = x.shape[0]
     if rows and groups:
         gated_rms_norm_forward_kernel[(cdiv(rows, config.rows) * groups,)](
             x, _dense(weight), _dense(bias), z, y, rstd, rows, groups, group_size, eps,
-            x.stride(0), _row_stride(z), HAS_BIAS=bias is not None, HAS_Z=z is not None,
+            x.stride(0), row_stride(z), HAS_BIAS=bias is not None, HAS_Z=z is not None,
             NORM_BEFORE_GATE=norm_before_gate, BLOCK_ROWS=config.rows, BLOCK=config.block,
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -171,13 +169,13 @@ def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config)
     dweight = weight.new_empty(weight.shape)
     if not groups:
         return dx, dweight, dbias, dz
-    dy, x, z = _rows(dy), _rows(x), _rows(z)
+    dy, x, z = as_rows(dy), as_rows(x), as_rows(z)
     rows = x.shape[0]
     programs = min(config.programs, max(cdiv(rows, config.rows), 1))
     partial = x.new_empty(1 if bias is None else 2, programs, width, dtype=torch.float32)
     gated_rms_norm_backward_kernel[(programs * groups,)](
         dy, x, _dense(weight), _dense(bias), z, rstd.contiguous(), dx, dz, partial[0],
-        partial[-1], rows, groups, group_size, dy.stride(0), x.stride(0), _row_stride(z),
+        partial[-1], rows, groups, group_size, dy.stride(0), x.stride(0), row_stride(z),
         HAS_BIAS=bias is not None, HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate,
         BLOCK_ROWS=config.rows, BLOCK=config.block, STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -186,18 +184,6 @@ def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config)
     if bias is not None:
         column_sum(partial[1], dbias)
     return dx, dweight, dbias, dz
-
-
-def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    # (..., D) as (rows, D) with unit stride along D; a view where the strides allow one.
-    if t is None:
-        return None
-    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _row_stride(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
 
 
 def _dense(t: torch.Tensor | None) -> torch.Tensor | None:

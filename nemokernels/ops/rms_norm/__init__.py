@@ -38,14 +38,22 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; the cast order is
     that of transformers 5.23 NemotronHRMSNorm.
     """
-    check_tensor("rms_norm", "x", x, dtypes=FLOATS)
-    check("rms_norm", x.dim() >= 1, "`x` needs at least one axis, got a scalar")
-    check_tensor("rms_norm", "weight", weight, shape=(x.shape[-1],), dims="(D,)", dtypes=FLOATS,
-                 device=x.device)  # fmt: skip
-    check("rms_norm", eps >= 0, "`eps` must not be negative, got {}", eps)
+    check_arguments("rms_norm", x, weight, residual, eps)
     if residual is None:
         return op.rms_norm(x, weight, eps)[0]
-    check_tensor("rms_norm", "residual", residual, shape=x.shape, dims="the shape of x",
-                 dtypes=FLOATS, device=x.device)  # fmt: skip
     y, total, _ = op.add_rms_norm(x, residual, weight, eps)
     return y, total
+
+
+def check_arguments(
+    where: str, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
+) -> None:
+    """Raise as :func:`rms_norm` does, in the name of the function ``where``."""
+    check_tensor(where, "x", x, dtypes=FLOATS)
+    check(where, x.dim() >= 1, "`x` needs at least one axis, got a scalar")
+    check_tensor(where, "weight", weight, shape=(x.shape[-1],), dims="(D,)", dtypes=FLOATS,
+                 device=x.device)  # fmt: skip
+    check(where, eps >= 0, "`eps` must not be negative, got {}", eps)
+    if residual is not None:
+        check_tensor(where, "residual", residual, shape=x.shape, dims="the shape of x",
+                     dtypes=FLOATS, device=x.device)  # fmt: skip

@@ -6,19 +6,17 @@ rows are read a second time, from cache in the forward and in dx, from memory in
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64
-from nemokernels._triton import cdiv
+from nemokernels._triton import as_rows, cdiv, row_stride
 
 
 @triton.jit
-def _load_sum(
+def load_sum(
     x_ptr, residual_ptr, total_ptr, x_at, residual_at, total_at, mask,
     HAS_RESIDUAL: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +59,7 @@ def rms_norm_forward_kernel(
         square = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
         for start in range(0, width, BLOCK):
             at = (start + column)[None, :]
-            x = _load_sum(
+            x = load_sum(
                 x_ptr, residual_ptr, total_ptr, x_row + at, residual_row + at, out_row + at,
                 live & (at < width), HAS_RESIDUAL, True,
             )  # fmt: skip
@@ -70,7 +68,7 @@ def rms_norm_forward_kernel(
         for start in range(0, width, BLOCK):
             at = (start + column)[None, :]
             mask = live & (at < width)
-            x = _load_sum(
+            x = load_sum(
                 x_ptr, residual_ptr, total_ptr, x_row + at, residual_row + at, out_row + at, mask,
                 HAS_RESIDUAL, False,
             )  # fmt: skip
@@ -80,7 +78,7 @@ def rms_norm_forward_kernel(
     else:
         at = column[None, :]
         mask = live & (at < width)
-        x = _load_sum(
+        x = load_sum(
             x_ptr, residual_ptr, total_ptr, x_row + at, residual_row + at, out_row + at, mask,
             HAS_RESIDUAL, True,
         )  # fmt: skip
@@ -253,12 +251,12 @@ def _forward(x, residual, weight, eps, config):
     y = x.new_empty(x.shape)
     total = None if residual is None else residual.new_empty(residual.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    x, residual = _rows(x), None if residual is None else _rows(residual)
+    x, residual = as_rows(x), as_rows(residual)
     rows, width = x.shape
     if rows:
         rms_norm_forward_kernel[(cdiv(rows, config.rows),)](
             x, residual, weight.contiguous(), y, total, rstd, rows, width, eps, x.stride(0),
-            0 if residual is None else residual.stride(0), HAS_RESIDUAL=residual is not None,
+            row_stride(residual), HAS_RESIDUAL=residual is not None,
             WIDE=width > config.block, BLOCK_ROWS=config.rows, BLOCK=config.block,
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -266,11 +264,11 @@ def _forward(x, residual, weight, eps, config):
 
 
 def _backward(dy, dtotal, x, weight, rstd, dx, dresidual, config):
-    x, dy, dtotal = _rows(x), _rows(dy), None if dtotal is None else _rows(dtotal)
+    x, dy, dtotal = as_rows(x), as_rows(dy), as_rows(dtotal)
     rows, width = x.shape
     programs = min(config.programs, max(cdiv(rows, config.rows), 1))
     partial = x.new_empty(programs, width, dtype=torch.float32)
-    dtotal_stride = 0 if dtotal is None else dtotal.stride(0)
+    dtotal_stride = row_stride(dtotal)
     flags = dict(HAS_RESIDUAL=dtotal is not None, HAS_DX=dx is not None)
     weight, rstd = weight.contiguous(), rstd.contiguous()
     if width <= config.block:
@@ -290,12 +288,6 @@ def _backward(dy, dtotal, x, weight, rstd, dx, dresidual, config):
             BLOCK=256, num_warps=4,
         )  # fmt: skip
     return column_sum(partial, weight.new_empty(weight.shape))
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """(..., D) as (rows, D) with unit stride along D; a view where the strides allow one."""
-    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def specialisations():
