@@ -106,9 +106,7 @@ def is_stack(name: str) -> bool:
 def layout(config) -> Layout:
     """How the names of this configuration's tensors begin."""
     if isinstance(config, RewardConfig):
-        names = layout(config.backbone)
-        trunks = tuple(filter(None, names.trunks))
-        return names._replace(trunks=trunks, beside=(f"{config.head}.",))
+        return layout(config.backbone)._replace(beside=(f"{config.head}.",))
     return _FAMILIES[type(config)][0]
 
 

@@ -74,6 +74,8 @@ def test_saving_reproduces_every_byte(family, tmp_path):
     save_pretrained(loaded, tmp_path / "b")
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["architectures"] == ["RewardModel"]
     stored = load_file(tmp_path / "a" / "model.safetensors")
     assert {"rm.head.weight", "rm.head.bias"} <= stored.keys()
     assert not any(name.startswith(("lm_head", "mtp")) for name in stored)
@@ -189,6 +191,9 @@ def test_objective_is_the_mean_loss_of_all_pairs():
     torch.testing.assert_close(loss, want.detach(), rtol=1e-9, atol=1e-9)
     share = (rewards[0::2] <= rewards[1::2]).double().mean()
     assert wrong.item() == pytest.approx(share.item())
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert objective(batch, totals)[1][1] == 1  # equal rewards are no ranking
 
 
 def test_every_pair_is_seen_once_per_epoch_and_stays_together():
@@ -211,6 +216,7 @@ def test_it_takes_the_trunk_over_and_drops_the_mtp_block():
     model = language("nemotron_h")
     made = RewardModel.on(model, "score")
     assert made.backbone is model.backbone and made.trunk is model.trunk
+    assert not made.training and RewardModel.on(language("llama").train(), "score").training
     assert made.mtp is None and made.config.mtp_pattern == "" and made.config.hidden_size == 32
     assert made.lm_head is made.score and made.score.weight.shape == (1, 32)
     assert made.fsdp_units() == list(model.backbone.layers)
@@ -219,6 +225,15 @@ def test_it_takes_the_trunk_over_and_drops_the_mtp_block():
     built = build(made.config, dtype=torch.float64)
     assert built.state_dict().keys() == made.state_dict().keys()
     assert 0 < built.score.weight.std() < 0.1
+
+
+def test_dtypes_of_the_language_models_file_survive(tmp_path):
+    save_pretrained(language("nemotron_h", torch.bfloat16), tmp_path / "a")
+    name, path = "backbone.layers.0.mixer.A_log", tmp_path / "a" / "model.safetensors"
+    values = load_file(path)
+    save_file({**values, name: values[name].float()}, path)
+    save_pretrained(RewardModel.on(from_pretrained(tmp_path / "a"), "score"), tmp_path / "b")
+    assert load_file(tmp_path / "b" / "model.safetensors")[name].dtype == torch.float32
 
 
 def test_the_released_reward_model():
@@ -262,6 +277,8 @@ def test_misuse():
         model(tokens, ends=torch.tensor([4, 0]))
     with pytest.raises(ValueError, match="`ends` must lie inside"):
         model(tokens[:1], cu_seqlens=torch.tensor([0, 0, 4], dtype=torch.int32))
+    with pytest.raises(ValueError, match="sequences of 65 tokens, but 64 positions were learned"):
+        reward("mt-nlg")(hybrids.tokens(1, 65))
     with pytest.raises(ValueError, match="`ends` has shape"):
         model(tokens, ends=torch.tensor([1]))
     with pytest.raises(ValueError, match="gives rewards, not logits"):
