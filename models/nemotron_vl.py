@@ -141,6 +141,13 @@ class NemotronVL(CausalLM):
             self.image_token_id is not None,
             "`image_token_id` is not known: the checkpoint does not say it; set it",
         )
+        check_tensor(
+            "NemotronVL",
+            "image_features",
+            image_features,
+            shape=(*image_features.shape[:-1], self.config.llm_config.hidden_size),
+            dims="(..., H)",
+        )
         places = tokens == self.image_token_id
         count, vectors = int(places.sum()), image_features.flatten(0, -2)
         check(

@@ -166,6 +166,20 @@ READ = {
 }
 
 
+def test_16_bits_per_pixel_are_not_16_per_channel(tmp_path):
+    """A BMP of 5, 6 and 5 bits: pure red, green, blue and white."""
+    pixels = struct.pack("<4H", 0xF800, 0x07E0, 0x001F, 0xFFFF)
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    start = 14 + len(header) + len(masks)
+    file = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)
+    (tmp_path / "a.bmp").write_bytes(file + header + masks + pixels)
+    image = load_image(tmp_path / "a.bmp")
+    assert [image.getpixel(at) for at in ((0, 1), (1, 1), (0, 0), (1, 0))] == [
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", READ)
 def test_pictures_that_are_read(tmp_path, name):
     READ[name].save(tmp_path / name)
@@ -195,6 +209,7 @@ BAD = {
     "cut.png": (lambda p: cut(p), "not a usable picture"),
     "folder.png": (lambda p: p.mkdir(), "cannot be read"),
     "absent.png": (lambda p: None, "cannot be read"),
+    "deep.pgm": (lambda p: p.write_bytes(b"P5 2 2 1023\n" + bytes(8)), "more than 8 bits"),
     "zero.pgm": (lambda p: p.write_bytes(b"P5 0 4 255\n"), "zero.pgm"),
 }  # fmt: skip
 
@@ -274,6 +289,8 @@ def test_animation_without_durations_and_with_one_frame(tmp_path):
     animation(tmp_path / "still.gif", 3, duration=0)
     clip = load_clip(tmp_path / "still.gif")
     assert len(clip.frames) == 3 and clip.seconds is None
+    animation(tmp_path / "some.gif", 3, duration=[250, 0, 250])
+    assert load_clip(tmp_path / "some.gif").seconds is None
     plain(8, 6).save(tmp_path / "one.png")
     clip = load_clip(tmp_path / "one.png")
     assert len(clip.frames) == 1 and clip.seconds is None

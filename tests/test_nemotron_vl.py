@@ -14,7 +14,15 @@ from transformers.models.nemotron_h_omni.configuration_nemotron_h_omni import (
 )
 from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
-from nemokernels.models import Clip, build, find_variant, generate, save_pretrained, vision_prompt
+from nemokernels.models import (
+    Clip,
+    build,
+    find_variant,
+    from_pretrained,
+    generate,
+    save_pretrained,
+    vision_prompt,
+)
 from nemokernels.models.images import frame_pixels, tile_pixels
 from nemokernels.models.nemotron_vl import retained
 from nemokernels.models.vision import flatten_patches
@@ -232,6 +240,8 @@ def test_prompt_of_a_clip_by_hand(model):
     model.config, kept = pruning, model.config
     try:
         assert vision_prompt(model, encode, "<video>", videos=[clip]).tokens == made.tokens
+        whole = vision_prompt(model, encode, "<video>", videos=[clip], pruning_rate=0.0)
+        assert whole.tokens.count(vl.IMAGE) == 4 * N
     finally:
         model.config = kept
 
@@ -283,6 +293,7 @@ class Captions:
 
 def test_training_halves_the_loss_on_pictures_and_text(tmp_path):
     model = vl.model(dtype=torch.float32)
+    model.kept = {"vision_model.radio_model.summary_idxs": torch.tensor([0, 2])}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = tiny.settings(steps=50, windows=1, lr=1e-2, min_lr=1e-3, warmup=2, decay=10)
     trainer = Trainer(model, Captions(), settings, tmp_path)
@@ -292,7 +303,9 @@ def test_training_halves_the_loss_on_pictures_and_text(tmp_path):
     same = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
     assert not same
     trainer.export(tmp_path / "model")
-    assert (tmp_path / "model" / "config.json").exists()
+    again = from_pretrained(tmp_path / "model")
+    assert again.kept["vision_model.radio_model.summary_idxs"].tolist() == [0, 2]
+    assert torch.equal(again.mlp1[3].weight, model.mlp1[3].weight)
 
 
 def test_loss_is_that_of_words_alone():
@@ -312,6 +325,25 @@ def test_loss_is_that_of_words_alone():
     assert total.item() == len(losses) == 8
     loss, _ = objective(batch, total)
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-9, atol=0)
+
+
+def test_vectors_of_another_width_are_refused(model):
+    """As many numbers as there should be, in the wrong shape."""
+    with pytest.raises(ValueError, match="`image_features`"):
+        model(tokens(2), image_features=torch.zeros(2 * N, 96))
+
+
+def test_initial_values_are_finite_everywhere():
+    fresh = build(vl.config(), dtype=torch.float32)
+    assert all(value.isfinite().all() for value in fresh.state_dict().values())
+    assert (fresh.mlp1[0].weight == 1).all() and 0.01 < fresh.mlp1[1].weight.std() < 0.03
+    assert fresh(tokens(1), image_features=features(fresh, 1)).isfinite().all()
+
+
+def test_state_options_reach_the_language_model(model):
+    state = model.new_state(2, 9, draft_tokens=3, dtype=torch.bfloat16)
+    assert (state.slots, state.max_length, state.draft_tokens) == (2, 9, 3)
+    assert next(iter(state.keys.values())).dtype == torch.bfloat16
 
 
 def test_fsdp_units_are_every_layer_once(model):

@@ -1,6 +1,7 @@
 """Vision-language checkpoints: layout, round trip, what files must say; the command line."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -214,6 +215,11 @@ def test_a_model_that_hears_is_refused(tmp_path, model_type, name):
         from_pretrained(write(tmp_path / "a", tensors(), data))
 
 
+def test_a_configuration_that_hears_is_refused():
+    with pytest.raises(ConfigError, match="`sound_config`: not supported: sound encoder"):
+        vl.config(sound_config={"hidden_size": 1024})
+
+
 def test_what_only_a_checkpoint_knows_is_asked_for(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields()))
     config = read_config(tmp_path / "config.json")
@@ -295,6 +301,18 @@ def test_generate_about_pictures_and_videos(capsys, folder):
     assert answers["gif"]["tokens"] == answers["folder"]["tokens"]
     code, out, err = run(capsys, *ask, "fox <image> dog", "--image", folder / "a.png")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("where", ["top", "llm"])
+def test_generation_ends_where_the_configuration_says(capsys, folder, tmp_path, where):
+    ask = ["--max-new-tokens", 3, "--json", "--prompt", "fox", "--image", folder / "a.png"]
+    first = json.loads(run(capsys, "generate", folder / "model", *ask)[1])["tokens"][0][0]
+    data = json.loads((folder / "model/config.json").read_text())
+    (data if where == "top" else data["llm_config"])["eos_token_id"] = first
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(data))
+    ended = json.loads(run(capsys, "generate", tmp_path / "model", *ask)[1])
+    assert ended["tokens"] == [[first]]
 
 
 @pytest.mark.parametrize(

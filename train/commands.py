@@ -209,6 +209,7 @@ def generate(
         raise DataError("--prompt names no text; give at least one")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = from_pretrained(folder, device=default_device())
+    configs = (model.config, getattr(model.config, "llm_config", model.config))
     features = None
     if image or video:
         options = {"video_fps": video_fps, "video_pruning_rate": video_pruning_rate}
@@ -227,7 +228,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        eos=getattr(model.config, "llm_config", model.config).extra.get("eos_token_id"),
+        eos=next((c.extra["eos_token_id"] for c in configs if "eos_token_id" in c.extra), None),
         image_features=features,
     )
     seconds = time.perf_counter() - started

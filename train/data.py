@@ -113,7 +113,7 @@ class Batch(NamedTuple):
     """``tokens`` (1, n) holds sequences end to end; ``cu_seqlens`` (sequences + 1) bounds them.
 
     ``pixels`` (tiles, 3, S, S) are the normalised tiles of the images among them, in their order,
-    for a model that sees.
+    for a model that sees. Sharded, all ranks must have some or none; no tile at all is some.
     """
 
     tokens: torch.Tensor
