@@ -238,6 +238,8 @@ def test_retained_keeps_the_earlier_of_equals_and_the_whole_first_frame():
     kept = retained(still, 0.4)  # 9 of 15, all scores equal after the first frame
     assert kept.flatten().int().tolist() == [1] * 9 + [0] * 6
     assert retained(still[:1], 0.9).all()  # a video of one frame
+    long = retained(torch.ones(400, 50, 2), 0.5).flatten()  # enough for a sort to be unstable
+    assert long[:10_000].all() and not long[10_000:].any()
     turned = torch.tensor([[[1.0, 0]], [[-1, 0]], [[1, 0]]])  # scores 255, 2, 2
     assert retained(turned, 0.3).flatten().tolist() == [True, True, False]
 
