@@ -25,7 +25,7 @@ __all__ = ["PRECISIONS", "Memory", "gpus_needed", "memory", "precision_of"]
 PRECISIONS = ("bf16", "fp8", "nvfp4")
 _BYTES = {"fp8": 1, "bf16": 2, "fp16": 2}
 _SCALES = {"FP8": 2, "NVFP4": 2, "W4A16_NVFP4": 1}  # float32 scalars beside a layer
-_UNQUANTISED = ("vision_model.*", "mlp1.*", "mtp.*", "lm_head")
+_UNQUANTISED = ("vision_model.*", "mlp1.*", "mtp.*", "*lm_head")
 
 
 class Memory(NamedTuple):
@@ -81,7 +81,8 @@ def memory(config: Config, precision: Precision, *, context: int, batch: int) ->
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    one, two, all_ = (State(config, 1, tokens, device="meta") for tokens in (1, 2, context))
+    caching = getattr(config, "llm_config", config)  # a model that sees keeps no other caches
+    one, two, all_ = (State(caching, 1, tokens, device="meta") for tokens in (1, 2, context))
     kv = _BYTES[precision.kv]
     ssm = one.ssm.values()
     ssm_bytes = (

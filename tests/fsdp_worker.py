@@ -7,6 +7,7 @@ import families
 import tiny
 import torch
 import torch.distributed as dist
+import vl
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -34,6 +35,8 @@ def trainer(family, out):
         rows = [[list(range(3 + i + side, 9 + 2 * i)) for i in range(6)] for side in (0, 1)]
         data = Pairs(*rows, [0.1 * i for i in range(6)], windows=4, seq_len=32, seed=0)
         return Trainer(made, data, settings, out, objective=PairObjective)
+    if family == "vision":
+        return Trainer(vl.model(dtype=torch.float32), vl.Captions(), settings, out)
     return Trainer(model(family), tiny.batches(settings), settings, out)
 
 

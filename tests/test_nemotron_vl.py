@@ -2,18 +2,23 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
+import fsdp_worker
 import hybrids
+import on_ranks
 import pytest
 import tiny
 import torch
 import vl
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.models.nemotron_h_omni.configuration_nemotron_h_omni import (
     NemotronH_Omni_Reasoning_V3_Config,
 )
 from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
+from nemokernels import testing
 from nemokernels.models import (
     Clip,
     build,
@@ -24,26 +29,13 @@ from nemokernels.models import (
     vision_prompt,
 )
 from nemokernels.models.images import frame_pixels, tile_pixels
+from nemokernels.models.memory import memory, precision_of
 from nemokernels.models.nemotron_vl import retained
 from nemokernels.models.vision import flatten_patches
-from nemokernels.train.data import Batch
 from nemokernels.train.objective import Objective
 from nemokernels.train.trainer import Trainer
 
-N = 4  # tokens of a tile of the small model
-
-
-def text(length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 320, (length,), generator=generator)
-
-
-def tokens(*tiles, seed=0):
-    """One row: three words, then each number of tiles followed by two words."""
-    parts = [text(3, seed)]
-    for index, count in enumerate(tiles):
-        parts += [torch.full((count * N,), vl.IMAGE), text(2, seed + index + 1)]
-    return torch.cat(parts)[None]
+N = vl.TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +72,7 @@ def test_parity_with_transformers(model, tmp_path):
     for module in peer.modules():  # see test_parity
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, math.inf)
-    pixels, ids = vl.pixels(3, 3, 32, 32), tokens(1, 2)
+    pixels, ids = vl.pixels(3, 3, 32, 32), vl.tokens(1, 2)
     images = {
         "pixel_values": flatten_patches(pixels, 8).flatten(0, 1),
         "image_grid_hw": torch.tensor([[4, 4]] * 3),
@@ -93,7 +85,7 @@ def test_parity_with_transformers(model, tmp_path):
         state = model.new_state(1, 40)
         cached = [model(ids, image_features=model.image_features(pixels), state=state)]
         out = peer(ids, **images, use_cache=True)
-        for step in text(4)[None].split(1, 1):
+        for step in vl.text(4)[None].split(1, 1):
             out = peer(step, past_key_values=out.past_key_values, use_cache=True)
             cached.append(model(step, state=state, decode=True))
             state.accept()
@@ -101,7 +93,7 @@ def test_parity_with_transformers(model, tmp_path):
 
 
 def test_images_replace_embeddings_in_order(model):
-    ids, seen = tokens(1, 2), features(model, 3)
+    ids, seen = vl.tokens(1, 2), features(model, 3)
     embedded = model.language_model.backbone.embeddings(ids).clone()
     places = iter(seen.flatten(0, 1))
     for index, token in enumerate(ids[0].tolist()):
@@ -113,14 +105,14 @@ def test_images_replace_embeddings_in_order(model):
 
 
 def test_text_alone_is_the_language_models(model):
-    ids = tokens()
+    ids = vl.tokens()
     assert torch.equal(model(ids), model.language_model(ids))
     assert torch.equal(model(ids, image_features=features(model, 0)), model(ids))
-    assert torch.equal(model(tokens(1)), model.language_model(tokens(1)))  # a token as any
+    assert torch.equal(model(vl.tokens(1)), model.language_model(vl.tokens(1)))  # a token as any
 
 
 def test_rows_take_their_images_in_turn(wide):
-    rows = torch.cat([tokens(2), tokens(2, seed=9)])
+    rows = torch.cat([vl.tokens(2), vl.tokens(2, seed=9)])
     seen = features(wide, 4)
     both = wide(rows, image_features=seen)
     for row in range(2):
@@ -129,7 +121,7 @@ def test_rows_take_their_images_in_turn(wide):
 
 
 def test_packed_and_continued_sequences(wide):
-    first, second, seen = tokens(1), tokens(2, seed=5), features(wide, 3)
+    first, second, seen = vl.tokens(1), vl.tokens(2, seed=5), features(wide, 3)
     packed, bounds = torch.cat([first, second], 1), [0, first.shape[1]]
     cu_seqlens = torch.tensor([*bounds, packed.shape[1]], dtype=torch.int32)
     together = wide(packed, image_features=seen, cu_seqlens=cu_seqlens)
@@ -148,7 +140,7 @@ def test_packed_and_continued_sequences(wide):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_generate(model, exact):
-    prompts, seen = [tokens(1)[0].tolist(), tokens(2, seed=5)[0].tolist()], features(model, 3)
+    prompts, seen = [vl.tokens(1)[0].tolist(), vl.tokens(2, seed=5)[0].tolist()], features(model, 3)
     options = {"max_new_tokens": 6, "exact": exact}
     result = generate(model, prompts, image_features=seen.flatten(0, 1), **options)
     for row, part in ((0, seen[:1]), (1, seen[1:])):
@@ -156,19 +148,19 @@ def test_generate(model, exact):
         with torch.no_grad():
             want = model(ids, image_features=part)[0, len(prompts[row]) - 1 : -1]
         assert result.tokens[row] == want.argmax(-1).tolist()
-    blind = generate(model, [tokens()[0].tolist()], max_new_tokens=3)
+    blind = generate(model, [vl.tokens()[0].tolist()], max_new_tokens=3)
     assert len(blind.tokens[0]) == 3
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_counts_must_agree(model, count):
-    ids, seen = tokens(2), features(model, count)
+    ids, seen = vl.tokens(2), features(model, count)
     with pytest.raises(ValueError, match=f"`image_features` are {count * N} vectors for {2 * N}"):
         model(ids, image_features=seen)
     with pytest.raises(ValueError, match=f"hold {2 * N} image tokens"):
         generate(model, [ids[0].tolist()], max_new_tokens=2, image_features=seen.flatten(0, 1))
     with pytest.raises(ValueError, match="hold 4 image tokens, `image_features` 0 vectors"):
-        generate(model, [tokens(1)[0].tolist()], max_new_tokens=2)
+        generate(model, [vl.tokens(1)[0].tolist()], max_new_tokens=2)
 
 
 def test_the_image_token_is_never_assumed():
@@ -176,13 +168,13 @@ def test_the_image_token_is_never_assumed():
     seen = features(model, 1)
     picture = Image.new("RGB", (32, 32))
     with pytest.raises(ValueError, match="`image_token_id` is not known"):
-        model(tokens(1), image_features=seen)
+        model(vl.tokens(1), image_features=seen)
     with pytest.raises(ValueError, match="no image token"):
         generate(model, [[7]], max_new_tokens=2, image_features=seen.flatten(0, 1))
     with pytest.raises(ValueError, match="`model.image_token_id` is not known"):
         vision_prompt(model, encode, "what?", images=[picture])
     model.image_token_id = vl.IMAGE
-    assert model(tokens(1), image_features=seen).shape == (1, 9, 330)
+    assert model(vl.tokens(1), image_features=seen).shape == (1, 9, 330)
     assert vision_prompt(model, encode, "what?", images=[picture]).tokens.count(vl.IMAGE) == N
 
 
@@ -277,26 +269,12 @@ def test_bad_prompts(model, prompt, options, message):
         vision_prompt(model, encode, prompt, **options)
 
 
-class Captions:
-    """The same two rows of text about two pictures at every step."""
-
-    def __init__(self):
-        self.corpus = tiny.batches(tiny.settings()).corpus
-        row = torch.cat([tokens(1), tokens(1, seed=3)], 1)
-        half = row.shape[1] // 2
-        bounds = torch.tensor([0, half, 2 * half], dtype=torch.int32)
-        self.batch = Batch(row, bounds, vl.pixels(2, 3, 32, 32))
-
-    def at(self, step, shard, shards):
-        return self.batch
-
-
 def test_training_halves_the_loss_on_pictures_and_text(tmp_path):
     model = vl.model(dtype=torch.float32)
     model.kept = {"vision_model.radio_model.summary_idxs": torch.tensor([0, 2])}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = tiny.settings(steps=50, windows=1, lr=1e-2, min_lr=1e-3, warmup=2, decay=10)
-    trainer = Trainer(model, Captions(), settings, tmp_path)
+    trainer = Trainer(model, vl.Captions(), settings, tmp_path)
     reports = []
     trainer.run(save_every=50, on_step=reports.append)
     assert reports[-1].losses[0] < reports[0].losses[0] / 2
@@ -310,34 +288,49 @@ def test_training_halves_the_loss_on_pictures_and_text(tmp_path):
 
 def test_loss_is_that_of_words_alone():
     """Image tokens are no labels, and their count is left out of the mean."""
-    model, batch = vl.model(dtype=torch.float64), Captions().batch
+    model, batch = vl.model(dtype=torch.float64), vl.Captions().at(0, 0, 1)
     objective = Objective(model, mtp_depths=0, mtp_weight=0.0)
-    batch = batch._replace(pixels=batch.pixels.double())
     total = objective.label_counts(batch)
-    half = len(batch.tokens[0]) // 2
-    logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens,
-                   image_features=model.image_features(batch.pixels))[0]  # fmt: skip
+    seen = model.image_features(batch.pixels)
+    logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens, image_features=seen)[0]
+    labels = batch.tokens[0, 1:].tolist()
+    first = batch.cu_seqlens[1:].tolist()  # the beginning of a sequence is not predicted
     losses = [
-        -logits[i].log_softmax(-1)[batch.tokens[0, i + 1]]
-        for i in range(2 * half - 1)
-        if batch.tokens[0, i + 1] != vl.IMAGE and i + 1 != half
+        -logits[i].log_softmax(-1)[label]
+        for i, label in enumerate(labels)
+        if label != vl.IMAGE and i + 1 not in first
     ]
-    assert total.item() == len(losses) == 8
+    assert total.item() == len(losses) == 6
     loss, _ = objective(batch, total)
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-9, atol=0)
+
+
+def test_sharded_gradients_where_one_rank_has_a_picture(tmp_path):
+    on_ranks.torchrun(Path(fsdp_worker.__file__), 2, tmp_path, "train", "vision")
+    got = load_file(tmp_path / "grads.safetensors")
+    exact, plain = {}, {}
+    for dtype, grads in ((torch.float64, exact), (torch.float32, plain)):
+        trainer = fsdp_worker.trainer("vision", tmp_path)
+        trainer.model.to(dtype)
+        trainer.backward()
+        grads |= {name: p.grad for name, p in trainer.objective.named_parameters()}
+    assert got.keys() == exact.keys()
+    for name in exact:
+        testing.assert_matches(got[name], exact[name], plain[name], name)
+        assert got[name].abs().max() > 0, name
 
 
 def test_vectors_of_another_width_are_refused(model):
     """As many numbers as there should be, in the wrong shape."""
     with pytest.raises(ValueError, match="`image_features`"):
-        model(tokens(2), image_features=torch.zeros(2 * N, 96))
+        model(vl.tokens(2), image_features=torch.zeros(2 * N, 96))
 
 
 def test_initial_values_are_finite_everywhere():
     fresh = build(vl.config(), dtype=torch.float32)
     assert all(value.isfinite().all() for value in fresh.state_dict().values())
     assert (fresh.mlp1[0].weight == 1).all() and 0.01 < fresh.mlp1[1].weight.std() < 0.03
-    assert fresh(tokens(1), image_features=features(fresh, 1)).isfinite().all()
+    assert fresh(vl.tokens(1), image_features=features(fresh, 1)).isfinite().all()
 
 
 def test_state_options_reach_the_language_model(model):
@@ -366,5 +359,12 @@ def test_released_model_on_meta():
     assert count(model.vision_model) == want
     assert round(count(model) / 1e9) == 13
     assert model.config.tile_tokens == 256
+    need, llm = (
+        memory(config, precision_of(None, "fp8"), context=100, batch=2)
+        for config in (model.config, llm.config)
+    )
+    assert need[1:] == llm[1:] and need.weights["FP8"] == llm.weights["FP8"]
+    seeing = count(model.vision_model) + count(model.mlp1)
+    assert need.weights["BF16"] == llm.weights["BF16"] + 2 * seeing
     with torch.device("meta"):
         assert model.image_features(torch.empty(13, 3, 512, 512)).shape == (13, 256, 5120)

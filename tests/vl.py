@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import tiny
 import torch
 
 from nemokernels.models import NemotronVLConfig, build
+from nemokernels.train.data import Batch
 
 IMAGE = 325  # the image token's id; the small tokenizer makes none above 319
+TOKENS = 4  # of a tile
 CONFIG = {
     "model_type": "NemotronH_Nano_VL_V2",
     "force_image_size": 32,
@@ -78,3 +81,29 @@ def model(seed=0, dtype=None, **changes):
 def pixels(*shape, seed=0, dtype=None):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=dtype or torch.float32)
+
+
+def text(length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 320, (length,), generator=generator)
+
+
+def tokens(*tiles, seed=0):
+    """One row: three words, then each number of tiles followed by two words."""
+    parts = [text(3, seed)]
+    for index, count in enumerate(tiles):
+        parts += [torch.full((count * TOKENS,), IMAGE), text(2, seed + index + 1)]
+    return torch.cat(parts)[None]
+
+
+class Captions:
+    """The same two rows at every step, one about a picture and one of words alone."""
+
+    def __init__(self):
+        self.corpus = tiny.batches(tiny.settings()).corpus  # what a run is known by
+        self.rows = [(tokens(1), pixels(1, 3, 32, 32)), (tokens(), pixels(0, 3, 32, 32))]
+
+    def at(self, step, shard, shards):
+        rows, seen = zip(*self.rows[shard::shards])
+        bounds = torch.tensor([0, *(row.shape[1] for row in rows)], dtype=torch.int32)
+        return Batch(torch.cat(rows, 1), bounds.cumsum(0, dtype=torch.int32), torch.cat(seen))
