@@ -34,6 +34,7 @@ from nemokernels.models.files import (
     StoredTensor,
     read_json,
 )
+from nemokernels.models.kept import keep
 from nemokernels.models.names import Layout, TensorSpec
 from nemokernels.models.quantization import (
     Quantization,
@@ -73,6 +74,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     reward_head: str | None = None,
+    keep_quantized: bool = False,
 ) -> CausalLM:
     """Load a checkpoint folder in the Hugging Face layout.
 
@@ -80,8 +82,8 @@ def from_pretrained(
     ``nemotron_h`` the prefixes ``backbone.`` (published) and ``model.`` (transformers 5 in memory,
     experts stacked or not); for ``bloom`` also no prefix; every prefix also under
     ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8 and NVFP4, which
-    are dequantised (``model.quantization`` keeps the rest of what they say). Of a wrapper that is
-    no family of its own, the language model.
+    are dequantised unless they are to be kept (``model.quantization`` has the rest of what they
+    say). Of a wrapper that is no family of its own, the language model.
 
     Args:
         folder: the checkpoint.
@@ -90,6 +92,10 @@ def from_pretrained(
             quantised). A_log, D, dt_bias, the router and its correction bias are at least float32.
         reward_head: where config.json does not tell, the name of the linear layer that a reward
             model has instead of ``lm_head``; its sizes are those of its tensors.
+        keep_quantized: for inference. Linear layers in NVFP4 stay so (W4A16), and so do routed
+            experts that are all in NVFP4, or all in FP8 with activation scales (W8A8); the rest is
+            dequantised. ``model.quantization.kept`` names them. No parameter requires a gradient,
+            and such a model cannot be saved.
 
     Returns:
         The model, in evaluation mode. ``model.file_dtypes`` records the dtypes of the file, which
@@ -106,8 +112,11 @@ def from_pretrained(
         raise TypeError(f"from_pretrained: `dtype` is {dtype}, expected a floating model dtype")
     with open_checkpoint(folder, reward_head) as (config, plan, shards, scalars):
         model = build(config, device="meta", dtype=dtype or plan.dtype)
-        _fill(model, plan, shards, scalars, device, dtype)
-    return model.eval()
+        try:
+            _fill(model, plan, shards, scalars, device, dtype, keep_quantized)
+        except ValueError as error:  # what only the values of a quantised tensor can tell
+            raise CheckpointError(f"{folder}: {error}") from error
+    return model.requires_grad_(False).eval() if keep_quantized else model.eval()
 
 
 @contextmanager
@@ -311,6 +320,7 @@ def _fill(
     scalars: dict[str, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype | None,
+    keep_quantized: bool,
 ) -> None:
     """Replace every meta tensor of the model by storage and read the checkpoint into it."""
     meta = model.state_dict()
@@ -322,8 +332,14 @@ def _fill(
     model.file_trunk = plan.trunk
     model.kept = {name: shards.read(tensor) for name, tensor in plan.kept.items()}
     filled: dict[str, torch.Tensor] = {}
+    sources = plan.sources
+    if keep_quantized and plan.quantization is not None:
+        read = partial(_part, plan, shards, scalars)
+        gone = keep(model, sources, read, device, dtype or plan.dtype)
+        plan.quantization.kept = frozenset(s.module for s in sources if s.target in gone)
+        sources = [source for source in sources if source.target not in gone]
     with torch.no_grad():
-        for source in plan.sources:
+        for source in sources:
             target, index = source.target, source.index
             stored = plan.dtype if source.algorithm else source.tensor.dtype
             if target not in filled:
@@ -356,6 +372,18 @@ def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module, leaf, value)
 
 
+def _part(
+    plan: Plan, shards: Shards, scalars: dict[str, torch.Tensor], source: Source, leaf: str
+) -> torch.Tensor | None:
+    """A tensor of the source's layer; None if the file has none."""
+    name = f"{source.module}.{leaf}"
+    if leaf == "weight":
+        return shards.read(source.tensor)
+    if name in scalars:
+        return scalars[name]
+    return shards.read(plan.tensors[name]) if name in plan.tensors else None
+
+
 def _value(
     source: Source,
     plan: Plan,
@@ -363,10 +391,10 @@ def _value(
     scalars: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight, scale = shards.read(source.tensor), f"{source.module}.weight_scale"
+    part = partial(_part, plan, shards, scalars, source)
     if source.algorithm is None:
-        return weight
+        return part("weight")
     if source.algorithm == "FP8":
-        return nemokernels.dequantize_fp8(weight, scalars[scale], dtype=dtype)
-    blocks = shards.read(plan.tensors[scale])
-    return nemokernels.dequantize_nvfp4(weight, blocks, scalars[scale + "_2"], dtype=dtype)
+        return nemokernels.dequantize_fp8(part("weight"), part("weight_scale"), dtype=dtype)
+    parts = map(part, ("weight", "weight_scale", "weight_scale_2"))
+    return nemokernels.dequantize_nvfp4(*parts, dtype=dtype)

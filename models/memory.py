@@ -1,8 +1,9 @@
 """How much memory serving a model takes, from its configuration alone.
 
 Weights are counted as a checkpoint stores them (this package's own models hold quantised layers
-dequantised), caches as :class:`~nemokernels.models.State` lays them out. Activations, workspaces
-and the CUDA context are not counted; a reserve leaves room for them. Everything is in bytes.
+dequantised unless they are loaded with ``keep_quantized``), caches as
+:class:`~nemokernels.models.State` lays them out. Activations, workspaces and the CUDA context are
+not counted; a reserve leaves room for them. Everything is in bytes.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Quantization:
     """What a quantised checkpoint said, kept on the model as ``model.quantization``.
 
     Attributes:
-        layers: module name -> "FP8", "NVFP4" or "W4A16_NVFP4". The model holds them dequantised.
+        layers: module name -> "FP8", "NVFP4" or "W4A16_NVFP4". The model holds them dequantised,
+            but for those in ``kept``.
         input_scales: module name -> static activation scale (x is quantised as x / scale).
         kv_scales: module name of a k_proj or v_proj -> scale of its FP8 cache.
     """
@@ -40,6 +41,7 @@ class Quantization:
     layers: dict[str, str] = field(default_factory=dict)
     input_scales: dict[str, float] = field(default_factory=dict)
     kv_scales: dict[str, float] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

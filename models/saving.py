@@ -40,12 +40,17 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written.
-        ValueError: the model is on meta, or max_shard_bytes is not positive.
+        ValueError: the model is on meta or keeps quantised layers, or max_shard_bytes is not
+            positive.
     """
     if max_shard_bytes <= 0:
         raise ValueError(f"save_pretrained: `max_shard_bytes` must be > 0, got {max_shard_bytes}")
     if any(value.is_meta for value in model.state_dict().values()):
         raise ValueError("save_pretrained: the model is on meta and has no values to write")
+    if getattr(getattr(model, "quantization", None), "kept", ()):
+        raise ValueError(
+            "save_pretrained: the model keeps quantised layers; load it without `keep_quantized`"
+        )
     outputs = _outputs(model)
     config = config_bytes(model.config, outputs[0].dtype)
     write_folder(folder, outputs, {CONFIG: config}, max_shard_bytes)
