@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from nemokernels import selective_scan_fn
+from nemokernels.bench.bench_ssd import first_steps
 from nemokernels.bench.rows import Subject
 from nemokernels.ops.selective_scan import cost
 
@@ -11,15 +12,13 @@ HYMBA = dict(D=3200, G=1, N=16)
 
 
 def inputs(make, B, T, D, G, N):
-    step = 0.001 + 0.099 * make.rand(D, dtype=torch.float32)
-
     def last(*shape):  # channels adjacent, as a projection leaves them
         return make.randn(*shape).movedim(1, -1)
 
     return dict(
         u=last(B, T, D), delta=last(B, T, D) / 2, A=-1 - 15 * make.rand(D, N, dtype=torch.float32),
         B=last(B, T, G, N), C=last(B, T, G, N), D=make.randn(D, dtype=torch.float32),
-        z=last(B, T, D), bias=step.expm1().log(),
+        z=last(B, T, D), bias=first_steps(make, D).expm1().log(),
     )  # fmt: skip
 
 

@@ -11,10 +11,13 @@ CHUNK = 128
 
 
 def decay(make, H):
-    """A, and a bias that puts the steps between 0.001 and 0.1, as a fresh model's."""
+    """A, and a bias for steps between 0.001 and 0.1, log-uniform: a fresh model's."""
     A = -1 - 15 * make.rand(H, dtype=torch.float32)
-    step = 0.001 + 0.099 * make.rand(H, dtype=torch.float32)
-    return A, step.expm1().log()
+    return A, first_steps(make, H).expm1().log()
+
+
+def first_steps(make, channels):
+    return 0.001 * 100 ** make.rand(channels, dtype=torch.float32)
 
 
 def inputs(make, B, T, H, P, G, N):

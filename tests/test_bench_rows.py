@@ -84,6 +84,21 @@ def test_pieces_of_the_scan_are_the_whole():
             torch.testing.assert_close(piece, whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("op", ["ssd", "selective_scan"])
+def test_plain_torch_carries_states_far(op):
+    """Where decays are slow, a state lives through many chunks and doublings."""
+    row = tiny(next(r for r in rows((op,)) if r.way == "forward"))
+    row = dataclasses.replace(row, dtype=torch.float32)
+
+    def slow(make, **sizes):
+        inputs = row.subject.inputs(make, **sizes)
+        return inputs | {"A": inputs["A"] / 200}
+
+    subject = dataclasses.replace(row.subject, inputs=slow)
+    judge = check.Judge(dataclasses.replace(row, subject=subject), CPU)
+    assert judge.peer(judge.task(row.subject.eager).once()) < 1e-4
+
+
 @pytest.mark.parametrize("short", MODELS)
 def test_shapes_come_from_the_released_models(short):
     assert model(short).hidden_size in (2688, 4096, 8192, 3136)

@@ -12,7 +12,7 @@ from fake_clock import CPU, Clock
 
 from nemokernels import _tuned
 from nemokernels._cost import Cost
-from nemokernels.bench import check, commands, machine, tune
+from nemokernels.bench import check, commands, machine, plans, tune
 from nemokernels.bench.rows import Subject
 from nemokernels.ops.moe_experts import op as moe
 from nemokernels.ops.relu2.op import Config as Relu2Config
@@ -140,7 +140,18 @@ def test_the_fastest_right_one_wins(op):
     assert found == {"fake": {"16": {"warps": 8, "stages": 3}, "128": {"warps": 8, "stages": 3}}}
     assert any("shared memory" in line for line in said)
     assert any("error" in line for line in said)  # 16 warps: wrong
+    assert not any(line.startswith(op.rows[1].id) for line in said)  # as row a: one kind
     assert op._plan(10) == Knobs("triton")  # nothing is left forced
+    assert _tuned.tuned.__module__ == "nemokernels._tuned"
+
+
+def test_a_table_has_the_last_word_in_what_is_seen(op, monkeypatch):
+    op._plan = lambda n: dataclasses.replace(op.plan(), warps=1)
+    with plans.watched() as seen:
+        op._plan(10)
+    assert seen == [("fake", Knobs("triton", 1))]
+    with plans.watched(lambda name, config: Knobs("triton", 2)):
+        assert op._plan(10) == Knobs("triton", 2)
 
 
 def test_chance_is_no_gain(op):
