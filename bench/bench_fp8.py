@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from nemokernels import fp8_linear, quantize_fp8
+from nemokernels import delayed_scaling_update, fp8_linear, quantize_fp8
 from nemokernels.bench.rows import Subject
 from nemokernels.ops.fp8 import cost
 
@@ -94,6 +94,25 @@ def quantise(title, transpose=False, squared_relu=False):
                    tiny=dict(rows=3, width=32))  # fmt: skip
 
 
+def inputs_update(make, columns, length):
+    history = make.rand(length, columns, dtype=torch.float32)
+    return dict(scale=make.rand(columns, dtype=torch.float32), history=history)
+
+
+def ours_update(scale, history):
+    delayed_scaling_update(scale, history)
+    return scale, history
+
+
+def eager_update(scale, history):
+    """Of tensors that were all used, as the random ones are."""
+    scale.copy_(LARGEST / history.amax(0))
+    rolled = history.roll(-1, 0)
+    rolled[0] = 0
+    history.copy_(rolled)
+    return scale, history
+
+
 QUANTIZE = {
     False: [quantise("quantize_fp8"), quantise("quantize_fp8 of relu2", squared_relu=True)],
     True: [
@@ -105,6 +124,11 @@ linear = dict(inputs=inputs_linear, ours=ours_linear, tiny=dict(M=32, K=48, N=16
               kept=("x_scale", "w_scale"))  # fmt: skip
 LINEAR = Subject("fp8", "fp8_linear", eager=eager_linear, peers={"scaled_mm": bare}, **linear)
 TRAINED = Subject("fp8", "fp8_linear", eager=eager_trained, wrt=("x", "weight"), **linear)
+
+UPDATE = Subject(
+    "fp8", "delayed_scaling_update", inputs=inputs_update, ours=ours_update, eager=eager_update,
+    mutates=("scale", "history"), kept=("scale", "history"), tiny=dict(columns=5, length=4),
+)  # fmt: skip
 
 ROWS = []
 for width in (4096, 21504):
@@ -119,6 +143,9 @@ for K, N in ((4096, 18560), (4096, 21504), (2688, 10304)):
     ROWS.append(LINEAR.row(label, cost=cost.linear(**shape, itemsize=2), quick=quick, **shape))
     ROWS.append(TRAINED.row(label, "backward", cost=cost.linear_backward(**shape, itemsize=2),
                             quick=quick, **shape))  # fmt: skip
+
+# Input, weight and gradient of Nemotron-H 8B's 112 linear layers.
+ROWS.append(UPDATE.row("h8b 1024 steps", cost=cost.update(336, 1024), columns=336, length=1024))
 
 
 def test_bench(benchmark, row, measure):

@@ -113,6 +113,10 @@ def test_small_ones_by_hand():
     assert route.forward(3, 8, 2, 4).bytes == 96 + 24 + 24 + 24 + 32 + 32
     assert route.backward(3, 8, 2, 4).bytes == 96 + 96 + 24 + 24
     assert fp8.quantize(10, 2).bytes == 30
+    assert fp8.rms_norm(5, 2, 2).bytes == 50 and fp8.gated_rms_norm(5, 2, 2).bytes == 70
+    assert fp8.rms_norm(5, 2, 2, residual=True, transpose=True).bytes == 100
+    assert fp8.gated_rms_norm(5, 2, 2, transpose=True).bytes == 80
+    assert fp8.update(3, 7).bytes == 168
     assert fp8.linear(2, 3, 4, 2).bytes == 2 * (6 + 12 + 8)
     assert fp8.linear_backward(2, 3, 4, 2).bytes == 2 * (8 + 6 + 12) + 6 + 12
     assert fp8.linear_backward(2, 3, 4, 2).flops == 2 * 2 * 24
