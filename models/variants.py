@@ -44,6 +44,7 @@ class Variant:
         parameters, tensors: exact counts of what its checkpoint stores, or None where not known.
         config: its configuration, or None; then either ``arguments`` names the fields that are not
             public and must be given, or ``reason`` says why there is none.
+        fields: what is known of its config.json.
         part: what ``config`` describes, where that is not the whole model.
         precisions: "fp8" or "nvfp4" -> how its quantised checkpoint is quantised, where that is
             known at least in part.
@@ -58,6 +59,7 @@ class Variant:
     parameters: int | None = None
     tensors: int | None = None
     config: Config | None = None
+    fields: Mapping[str, object] = field(default_factory=dict, hash=False)
     arguments: tuple[str, ...] = ()
     reason: str | None = None
     part: str | None = None
@@ -81,26 +83,21 @@ class Variant:
 
 
 @functools.cache
-def _fields() -> dict[str, dict[str, object]]:
-    text = (resources.files("nemokernels.models") / "variants.json").read_text()
-    return {entry["name"]: entry for entry in json.loads(text)}
-
-
-@functools.cache
 def _table() -> tuple[Variant, ...]:
-    return tuple(map(_variant, _fields().values()))
+    text = (resources.files("nemokernels.models") / "variants.json").read_text()
+    return tuple(map(_variant, json.loads(text)))
 
 
 def _variant(entry: dict[str, object]) -> Variant:
     lists = {name: tuple(entry.get(name, ())) for name in ("arguments", "unknown")}
-    config = None
-    if "config" in entry and not lists["arguments"]:
-        config = parse_config(entry["config"])
+    known = entry.get("config", {})
+    config = parse_config(known) if known and not lists["arguments"] else None
     precisions = {
         name: Precision(**{**fields, "rules": tuple(map(tuple, fields["rules"]))})
         for name, fields in entry.get("precisions", {}).items()
     }
-    return Variant(**{**entry, **lists, "config": config, "precisions": precisions})
+    made = {"config": config, "fields": known, "precisions": precisions}
+    return Variant(**{**entry, **lists, **made})
 
 
 def list_variants() -> list[Variant]:
@@ -146,7 +143,7 @@ def find_config(name_or_config: str | Config, **arguments: object) -> Config:
         raise ValueError(f"{variant.name} needs {', '.join(absent)}, which are not public")
     if variant.config is not None:
         return variant.config
-    return parse_config({**_fields()[variant.name]["config"], **arguments})
+    return parse_config({**variant.fields, **arguments})
 
 
 def _plain(name: str) -> str:

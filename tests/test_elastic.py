@@ -6,7 +6,7 @@ import hybrids
 import pytest
 import torch
 from quantized import ATTENTION, FIELDS, LINEAR, SHAPES, mixed, plain, quantise, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemokernels.models import (
     CheckpointError,
@@ -51,6 +51,19 @@ def test_folder_and_model_are_sliced_alike(tmp_path, shards):
     assert json.loads((tmp_path / "part" / "config.json").read_text())["dtype"] == "bfloat16"
     slice_checkpoint(tmp_path / "part", tmp_path / "same", {})
     assert same(part, from_pretrained(tmp_path / "same"))
+
+
+def test_names_and_stacks_as_transformers_5_has_them_in_memory(tmp_path):
+    model = hybrids.model("ME*", "E", dtype=torch.float32)
+    save_pretrained(model, tmp_path / "whole")
+    values = {
+        name.replace("backbone.", "model."): value.clone()
+        for name, value in model.state_dict().items()
+    }
+    save_file(values, tmp_path / "whole" / "model.safetensors")
+    widths = {"hidden_size": 20, "n_routed_experts": {"1": 5}, "moe_intermediate_size": 10}
+    slice_checkpoint(tmp_path / "whole", tmp_path / "part", widths)
+    assert same(from_pretrained(tmp_path / "part"), slice_model(model, widths))
 
 
 def test_no_more_than_a_shard_is_read_before_it_is_written(tmp_path, monkeypatch):

@@ -163,6 +163,8 @@ def test_command_describes_one(capsys, monkeypatch):
     assert "MEMEM*EMEMEM*" in out
     _, out, _ = run(capsys, "Llama-3_3-Nemotron-Super-49B-v1")
     assert "80 entries" in out
+    _, out, _ = run(capsys, "MT-NLG 530B")
+    assert "to be given │ hidden_act, layer_norm_epsilon" in out and "20480" in out
 
 
 def test_command_counts_memory(capsys, monkeypatch):

@@ -94,10 +94,10 @@ def print_model(console: Console, variant: Variant) -> None:
     for key, value in facts.items():
         if value:
             table.add_row(key, str(value))
-    if variant.config is not None:
-        for key, value in variant.config.to_dict().items():
-            listed = isinstance(value, list) and len(value) > 8
-            table.add_row(key, f"{len(value)} entries" if listed else str(value))
+    known = variant.fields if variant.config is None else variant.config.to_dict()
+    for key, value in known.items():
+        listed = isinstance(value, list) and len(value) > 8
+        table.add_row(key, f"{len(value)} entries" if listed else str(value))
     console.print(table)
 
 
