@@ -103,12 +103,14 @@ class CausalLM(nn.Module):
         *,
         draft_tokens: int = 0,
         dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
         ssm_dtype: torch.dtype | None = None,
     ) -> State:
         """Room for ``slots`` sequences of up to ``max_length`` tokens; see :class:`State`.
 
         ``dtype`` (convolution and key-value cache) defaults to the model's, ``ssm_dtype`` to the
-        config's ``mamba_ssm_cache_dtype``.
+        config's ``mamba_ssm_cache_dtype``, ``kv_dtype`` to ``dtype``. A float8_e4m3fn cache has the
+        scales that a quantised checkpoint brought.
         """
         weight = self.lm_head.weight
         return State(
@@ -117,9 +119,23 @@ class CausalLM(nn.Module):
             max_length,
             draft_tokens=draft_tokens,
             dtype=dtype or weight.dtype,
+            kv_dtype=kv_dtype,
+            kv_scales=self._kv_scales(),
             ssm_dtype=ssm_dtype,
             device=weight.device,
         )
+
+    def _kv_scales(self) -> dict[int, tuple[float, float]]:
+        """Attention layer -> scales of its keys and values, as the checkpoint has them."""
+        quantization = getattr(self, "quantization", None)  # only a loaded model has one
+        if quantization is None:
+            return {}
+        given = quantization.kv_scales
+        return {
+            module.index: tuple(given.get(f"{name}.{leaf}_proj", 1.0) for leaf in "kv")
+            for name, module in self.named_modules()
+            if hasattr(module, "k_proj")
+        }
 
     def fsdp_units(self) -> list[nn.Module]:
         """The modules to shard one by one: every layer that has parameters, and the MTP block."""

@@ -214,6 +214,7 @@ class Prefill:
 
     def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]
+        scales = self.state.kv_scales.get(layer, (1.0, 1.0))
         shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))
         out = torch.zeros_like(q)
         if not any(self.starts):
@@ -221,9 +222,11 @@ class Prefill:
         for i, slot in self.live:
             new, start = slice(self.bounds[i], self.bounds[i + 1]), self.starts[i]
             end = start + new.stop - new.start
-            keys[slot, start:end], values[slot, start:end] = k[new], v[new]
+            for cache, fresh, scale in zip((keys, values), (k, v), scales):
+                cache[slot, start:end] = _in_units(fresh[new], cache.dtype, scale)
             if any(self.starts):
-                past = (cache[slot, :end].to(q.dtype)[None] for cache in (keys, values))
+                past = (cache[slot, :end].to(q.dtype)[None] * scale
+                        for cache, scale in zip((keys, values), scales))  # fmt: skip
                 out[new] = attention(q[new][None], *past, **bias)[0]
         return out.view(shape)
 
@@ -333,7 +336,11 @@ class Decode:
 
     def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]
-        return attention_with_cache(q, k, v, keys, values, self.lengths, slots=self.slots, **bias)
+        k_scale, v_scale = self.state.kv_scales.get(layer, (1.0, 1.0))
+        return attention_with_cache(
+            q, k, v, keys, values, self.lengths, slots=self.slots, k_scale=k_scale,
+            v_scale=v_scale, **bias,
+        )  # fmt: skip
 
     def positions(self, tokens):
         return self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
@@ -361,3 +368,11 @@ def _selective_scan(x, dt, A, B, C, D, z, dt_bias, **options):
 def _sequence(cu_seqlens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The packed sequence that each token ``index`` lies in."""
     return torch.searchsorted(cu_seqlens, index.to(torch.int32), right=True) - 1
+
+
+def _in_units(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """x as a cache of this dtype holds it, as ``attention_with_cache`` writes it."""
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    return (wide * (1.0 / scale)).clamp(-448.0, 448.0).to(dtype)

@@ -23,7 +23,10 @@ class State:
         max_length: tokens a sequence may have, drafts included.
         draft_tokens: tokens beyond the first that one decode call may take. Every slot keeps one
             SSM state per token of a call, so that rejecting drafts copies nothing.
-        dtype: of the convolution windows and of keys and values.
+        dtype: of the convolution windows.
+        kv_dtype: of keys and values, also float8_e4m3fn; None: ``dtype``.
+        kv_scales: attention layer -> what a unit of its E4M3 keys and of its values stands for;
+            1 where absent.
         ssm_dtype: of the SSM states; None: the config's ``mamba_ssm_cache_dtype``, or float64 for
             a float64 model.
         device: where it lives.
@@ -47,6 +50,8 @@ class State:
         *,
         draft_tokens: int = 0,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
+        kv_scales: dict[int, tuple[float, float]] | None = None,
         ssm_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
@@ -60,8 +65,11 @@ class State:
         if ssm_dtype is None:
             kept = config.mamba_ssm_cache_dtype if config.mamba_layers else "float32"
             ssm_dtype = torch.float64 if dtype == torch.float64 else getattr(torch, kept)
-        for name, kind in (("dtype", dtype), ("ssm_dtype", ssm_dtype)):
-            if kind not in FLOATS:
+        kv_dtype = kv_dtype or dtype
+        kv_kinds = (*FLOATS, torch.float8_e4m3fn)
+        for name, kind, known in (("dtype", dtype, FLOATS), ("ssm_dtype", ssm_dtype, FLOATS),
+                                  ("kv_dtype", kv_dtype, kv_kinds)):  # fmt: skip
+            if kind not in known:
                 raise TypeError(f"State: `{name}` is {kind}, expected a floating dtype")
         self.slots, self.max_length, self.draft_tokens = slots, max_length, draft_tokens
         zeros = lambda *shape, kind=dtype: torch.zeros(*shape, dtype=kind, device=device)  # noqa: E731
@@ -80,7 +88,8 @@ class State:
             self.ssm[index] = zeros(*shape, kind=ssm_dtype)
         for index, heads in config.kv_heads.items():
             shape = (slots, self.prefix + max_length, heads, config.head_dim)
-            self.keys[index], self.values[index] = zeros(*shape), zeros(*shape)
+            self.keys[index], self.values[index] = (zeros(*shape, kind=kv_dtype) for _ in "kv")
+        self.kv_scales = {} if kv_dtype != torch.float8_e4m3fn else dict(kv_scales or {})
         # One entry more than there are slots: padding rows read and write the last.
         self.all_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_mtp_lengths = zeros(slots + 1, kind=torch.int32)

@@ -155,6 +155,29 @@ def test_new_tokens_are_attended_as_the_cache_stores_them():
     testing.assert_matches(out, attention(*(t.double() for t in rounded)), attention(*rounded))
 
 
+def test_e4m3_cache():
+    """Against a plain float64 cache of the values that the codes stand for; ml_dtypes rounds."""
+    import ml_dtypes
+
+    tokens, scales = new_tokens(2, 4), (0.013, 1.7)
+    tokens[1][0, 0], tokens[2][1, 1] = 1e3, -1e4  # saturate
+    cache = [torch.randn(SLOTS, ROOM, GROUPS, DIM).to(torch.float8_e4m3fn) for _ in "kv"]
+    stood_for = [t.double() * scale for t, scale in zip(cache, scales)]
+    lengths, slots = int32(11, 0), int32(3, 1)
+    options = dict(window=9, global_tokens=2, k_scale=scales[0], v_scale=scales[1])
+    out = run(tokens, cache, lengths, slots, **options)
+    wide = [tokens[0]]
+    for i, scale in enumerate(scales):
+        codes = (tokens[1 + i] / scale).clamp(-448, 448).float().numpy()
+        codes = codes.astype(ml_dtypes.float8_e4m3fn).astype("float64")
+        wide.append(torch.from_numpy(codes) * scale)
+        for b, (slot, n) in enumerate(zip((3, 1), (11, 0))):
+            assert torch.equal(cache[i][slot, n : n + 4].double() * scale, wide[-1][b])
+    del options["k_scale"], options["v_scale"]
+    want = run(wide, stood_for, lengths, slots, **options)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
 def test_products_take_operands_in_the_dtype_of_q():
     """Differences below a bf16 step in p, in a float32 k and in a float32 v: unseen by a bf16 q."""
     for q, cached, new in (
@@ -255,6 +278,9 @@ GOOD = {
         (dict(slots=torch.tensor([0.0, 1.0])), TypeError, "`slots` is torch.float32"),
         (dict(slots=int32(0, 1).to("meta")), ValueError, "`slots` is on meta"),
         (dict(scale=-1.0), ValueError, "`scale` must be positive"),
+        (dict(k_scale=0.0), ValueError, "`k_scale` must be positive and finite, got 0.0"),
+        (dict(v_scale=float("inf")), ValueError, "`v_scale` must be positive and finite, got inf"),
+        (dict(v_scale=2.0), ValueError, "`v_scale` is 2.0, expected 1 with a cache of"),
         (dict(window=-2), ValueError, "`window` must be at least 1, got -2"),
         (dict(alibi_slopes=torch.ones(2)), ValueError, r"`alibi_slopes` has shape \(2,\)"),
     ],

@@ -25,12 +25,14 @@ def problem(rows, tokens, H=32, KV=2, D=128, room=2000, dtype=BF16, device="cpu"
     return q, k, v, k_cache, v_cache, lengths, slots
 
 
-def run(q, k, v, k_cache, v_cache, lengths, slots):
-    return attention_with_cache(q, k, v, k_cache, v_cache, lengths, slots=slots)
+def run(q, k, v, k_cache, v_cache, lengths, slots, **options):
+    return attention_with_cache(q, k, v, k_cache, v_cache, lengths, slots=slots, **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("shape", [(32, 2, 128), (64, 2, 128), (32, 8, 128), (3, 3, 33), (6, 2, 7)])
+@pytest.mark.parametrize(
+    "shape", [(32, 2, 128), (64, 2, 128), (96, 8, 192), (16, 16, 80), (3, 3, 33)]
+)
 @pytest.mark.parametrize("rows, tokens", [(1, 1), (5, 1), (3, 5)])
 def test_against_the_reference(rows, tokens, shape, dtype):
     args = problem(rows, tokens, *shape, dtype=dtype)
@@ -41,6 +43,21 @@ def test_against_the_reference(rows, tokens, shape, dtype):
     testing.assert_matches(got, want, run(*args))
     for mine, theirs in zip(on[3:5], args[3:5]):
         assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize("shape", [(32, 2, 128), (96, 8, 192), (16, 16, 80)])
+def test_e4m3_cache(shape):
+    args = list(problem(5, 3, *shape))
+    args[3:5] = [t.to(torch.float8_e4m3fn) for t in args[3:5]]
+    scales = dict(k_scale=0.7, v_scale=1.9, window=700, global_tokens=5)
+    on = on_gpu.to("cuda", args)
+    got = run(*on, **scales)
+    codes = [t.clone() for t in args[3:5]]
+    low = run(*args, **scales)
+    want = run(*testing.to_double(args[:3]), *codes, *args[5:], **scales)
+    testing.assert_matches(got, want, low)
+    for mine, theirs in zip(on[3:5], args[3:5]):
+        assert torch.equal(mine.cpu().float(), theirs.float())
 
 
 def test_neither_batch_nor_tokens_per_call_change_a_bit():

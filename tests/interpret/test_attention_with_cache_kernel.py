@@ -26,7 +26,7 @@ def config(q, cache, part=16):
     return op.Config("triton", part, found.block_h, 16, found.block_d, 1, 1) if part else found
 
 
-RULE = None, 0.3, None, 0  # slopes, scale, window, global tokens
+RULE = None, 0.3, None, 0, 1.0, 1.0  # slopes, scale, window, global tokens, scales of the cache
 
 
 def compare(tensors, lengths, slots, part=16, rule=RULE):
@@ -38,15 +38,16 @@ def compare(tensors, lengths, slots, part=16, rule=RULE):
                 if rule[2]:
                     cache[slot, rule[3] : max(lengths[b] + 1 - rule[2], rule[3])] = torch.nan
     copies = [[t.clone() for t in tensors], [t.clone() for t in tensors],
-              [t.double() for t in tensors]]  # fmt: skip
+              testing.to_double([t.clone() for t in tensors])]  # fmt: skip
     got = kernel.with_cache(*copies[0], lengths, slots, *rule, config(*tensors[:4:3], part))
     low = ref.with_cache(*copies[1], lengths, slots, *rule)
-    copies[2][1:3] = [t.to(tensors[3].dtype).double() for t in tensors[1:3]]
+    if tensors[3].dtype.itemsize > 1:
+        copies[2][1:3] = [t.to(tensors[3].dtype).double() for t in tensors[1:3]]
     want = ref.with_cache(*copies[2], lengths, slots, *rule)
     assert got.dtype == low.dtype and got.is_contiguous()
     testing.assert_matches(got, want, low)
     for mine, theirs in zip(copies[0][3:], copies[1][3:]):
-        assert torch.equal(mine.nan_to_num(9e3), theirs.nan_to_num(9e3))
+        assert torch.equal(mine.float().nan_to_num(9e3), theirs.float().nan_to_num(9e3))
     return got
 
 
@@ -73,8 +74,16 @@ def test_parts(part):
 def test_windows(window, global_tokens, slopes, part):
     """Over many parts: some hold no visible key, some only global ones, some both."""
     tensors = problem(3, 2, H=2, KV=1, room=16 * 12)
-    rule = torch.tensor([0.2, -0.1]) if slopes else None, 0.3, window, global_tokens
+    rule = torch.tensor([0.2, -0.1]) if slopes else None, 0.3, window, global_tokens, 1.0, 1.0
     compare(tensors, int32(0, 21, 16 * 11 + 3), int32(3, 0, 2), part, rule)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_e4m3_cache(dtype):
+    """With scales; values past 448 of them saturate. (NaN: the interpreter reads it as 480.)"""
+    tensors = problem(3, 2, dtype=dtype, cache_dtype=torch.float8_e4m3fn)
+    tensors[1][0, 0], tensors[2][0, 1, 0, 0] = 300.0, -1e4
+    compare(tensors, int32(0, 17, 38), int32(2, 0, 3), rule=(None, 0.3, 20, 1, 0.37, 2.6))
 
 
 def test_padding_and_rows_the_cache_does_not_hold():

@@ -10,6 +10,8 @@ from nemokernels.ops.attention import op
 
 __all__ = ["attention", "attention_with_cache"]
 
+E4M3 = torch.float8_e4m3fn
+
 
 def attention(
     q: torch.Tensor,
@@ -94,6 +96,8 @@ def attention_with_cache(
     window: int | None = None,
     global_tokens: int = 0,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Append k and v to the cache, in place, and attend causally over cache and new tokens.
 
@@ -103,16 +107,20 @@ def attention_with_cache(
     Softmax and sums are in float32 (float64 for a float64 q); what is read from the cache and the
     unnormalised probabilities are in q's dtype in the products. A query's result depends on its own
     keys alone, bit for bit: five tokens in one call give what five calls give, in any batch.
+    An E4M3 cache holds ``k / k_scale`` and ``v / v_scale``, saturated and rounded to nearest even;
+    products take what it holds, and the scales multiply the scores and the result.
     ``lengths`` is not advanced. No gradient. Under autocast q, k and v are cast, the caches not.
 
     Args:
         q: (B, T, H, D), float32, bfloat16, float16 or float64, any strides.
         k, v: (B, T, KV, D), q's dtype; H a multiple of KV.
-        k_cache, v_cache: (slots, max_length, KV, D), any float dtype, the same for both.
+        k_cache, v_cache: (slots, max_length, KV, D), any float dtype or float8_e4m3fn, the
+            same for both.
         lengths: (B,) int32, tokens already in the slot; ``lengths + T <= max_length``.
         slots: (B,) int32, each slot at most once. Negative: a padding row, which touches no slot
             and whose output is zero.
         scale, window, global_tokens, alibi_slopes: as in ``attention``.
+        k_scale, v_scale: what a unit of an E4M3 cache stands for; 1 for other caches.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -130,14 +138,21 @@ def attention_with_cache(
     check(where, k.shape[1] == length,
           "`k` has {} tokens, expected the {} of q", k.shape[1], length)  # fmt: skip
     check_tensor(where, "k_cache", k_cache, shape=(None, None, k.shape[2], dim),
-                 dims="(slots, max_length, KV, D)", dtypes=FLOATS, device=q.device)  # fmt: skip
+                 dims="(slots, max_length, KV, D)", dtypes=(*FLOATS, E4M3),
+                 device=q.device)  # fmt: skip
     check_tensor(where, "v_cache", v_cache, shape=k_cache.shape, dims="the shape of k_cache",
                  dtypes=(k_cache.dtype,), device=q.device)  # fmt: skip
     for name, value in (("lengths", lengths), ("slots", slots)):
         check_tensor(where, name, value, shape=(rows,), dims="(B,)", dtypes=(torch.int32,),
                      device=q.device)  # fmt: skip
+    for name, value in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check(where, 0.0 < value < float("inf"),
+              "`{}` must be positive and finite, got {}", name, value)  # fmt: skip
+        check(where, value == 1.0 or k_cache.dtype == E4M3,
+              "`{}` is {}, expected 1 with a cache of {}", name, value, k_cache.dtype)  # fmt: skip
     rule = _rule(where, q, scale, window, global_tokens, alibi_slopes)
-    return op.attention_with_cache(q, k, v, k_cache, v_cache, lengths, slots, *rule)
+    scales = k_scale, v_scale
+    return op.attention_with_cache(q, k, v, k_cache, v_cache, lengths, slots, *rule, *scales)
 
 
 def _common(where: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):

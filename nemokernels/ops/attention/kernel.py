@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64
+from nemokernels._tl import offset64, to_fp8
 from nemokernels._triton import cdiv
 
 
@@ -26,6 +26,15 @@ def _row(lengths_ptr, slots_ptr, b, tokens, slots, room):
 
 
 @triton.jit
+def _stored(x, inverse, dtype: tl.constexpr):
+    # x as the cache holds it: E4M3 in units of a scale, given as its inverse.
+    if dtype == tl.float8e4nv:
+        return to_fp8(x.to(tl.float32) * inverse, 448.0, dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def attention_write_kernel(
     k_ptr,
     v_ptr,
@@ -33,6 +42,8 @@ def attention_write_kernel(
     v_cache_ptr,
     lengths_ptr,
     slots_ptr,
+    k_inverse,
+    v_inverse,
     tokens,
     slots,
     room,
@@ -70,11 +81,11 @@ def attention_write_kernel(
     k_at = offset64(slot, stride_kc_s) + offset64(place, stride_kc_t)
     k_at += offset64(group, stride_kc_h)
     k_at += offset64(d, stride_kc_d)
-    tl.store(k_cache_ptr + k_at, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(k_cache_ptr + k_at, _stored(k, k_inverse, k_cache_ptr.dtype.element_ty), mask=mask)
     v_at = offset64(slot, stride_vc_s) + offset64(place, stride_vc_t)
     v_at += offset64(group, stride_vc_h)
     v_at += offset64(d, stride_vc_d)
-    tl.store(v_cache_ptr + v_at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_cache_ptr + v_at, _stored(v, v_inverse, v_cache_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -181,6 +192,7 @@ def attention_combine_kernel(
     lengths_ptr,
     slots_ptr,
     out_ptr,
+    v_scale,
     window,
     global_tokens,
     tokens,
@@ -216,14 +228,15 @@ def attention_combine_kernel(
         total = total * fade + tl.sum(totals * weight, 0)
         sums = sums * fade + tl.sum(s * weight[:, None], 0)
         top = higher
-    out = tl.where(used > 0, sums / tl.where(used > 0, total, 1.0), 0.0)
+    out = tl.where(used > 0, sums / tl.where(used > 0, total, 1.0) * v_scale, 0.0)
     at = offset64(tl.program_id(0), dim) + d
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=d < dim)
 
 
 def with_cache(
-    q, k, v, k_cache, v_cache, lengths, slots, slopes, scale, window, global_tokens, config
-):
+    q, k, v, k_cache, v_cache, lengths, slots, slopes, scale, window, global_tokens, k_scale,
+    v_scale, config,
+):  # fmt: skip
     """As ref.with_cache, without its checks of index values."""
     (rows, tokens, heads, dim), (held, room, groups, _) = q.shape, k_cache.shape
     window, global_tokens = min(window or room, room), min(global_tokens, room)
@@ -237,44 +250,50 @@ def with_cache(
         return out.zero_()
     lengths, slots = lengths.contiguous(), slots.contiguous()
     attention_write_kernel[(rows * tokens * groups,)](
-        k, v, k_cache, v_cache, lengths, slots, tokens, held, room, groups, dim, *k.stride(),
-        *v.stride(), *k_cache.stride(), *v_cache.stride(), BLOCK_D=config.block_d, num_warps=1,
+        k, v, k_cache, v_cache, lengths, slots, 1.0 / k_scale, 1.0 / v_scale, tokens, held, room,
+        groups, dim, *k.stride(), *v.stride(), *k_cache.stride(), *v_cache.stride(),
+        BLOCK_D=config.block_d, num_warps=1,
     )  # fmt: skip
     sums = q.new_empty(rows, tokens, heads, parts, dim, dtype=torch.float32)
     top, total = q.new_empty(2, rows, tokens, heads, parts, dtype=torch.float32)
     attention_part_kernel[(rows * tokens * groups * parts,)](
-        q, k_cache, v_cache, lengths, slots, slopes, sums, top, total, scale, window, global_tokens,
-        tokens, held, room, groups, heads, dim, parts, *q.stride(), *k_cache.stride(),
-        *v_cache.stride(), HAS_SLOPES=has_slopes, PART=config.part, BLOCK_H=config.block_h,
-        BLOCK_N=config.block_n, BLOCK_D=config.block_d, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        q, k_cache, v_cache, lengths, slots, slopes, sums, top, total, scale * k_scale, window,
+        global_tokens, tokens, held, room, groups, heads, dim, parts, *q.stride(),
+        *k_cache.stride(), *v_cache.stride(), HAS_SLOPES=has_slopes, PART=config.part,
+        BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     attention_combine_kernel[(rows * tokens * heads,)](
-        sums, top, total, lengths, slots, out, window, global_tokens, tokens, held, room, heads,
-        dim, parts, PART=config.part, BLOCK=8, BLOCK_D=config.block_d, num_warps=1,
+        sums, top, total, lengths, slots, out, v_scale, window, global_tokens, tokens, held, room,
+        heads, dim, parts, PART=config.part, BLOCK=8, BLOCK_D=config.block_d, num_warps=1,
     )  # fmt: skip
     return out
 
 
 def specialisations():
-    """Launches to compile without a GPU: 32 query heads on 2, of 128, bfloat16."""
+    """Launches to compile without a GPU: 32 query heads on 2, of 128, and 96 on 8 of 192."""
     from nemokernels.ops.attention.kernel_sequence import specialisations as of_sequences
     from nemokernels.ops.attention.op import plan
 
     yield from of_sequences()
 
-    def launch(rows, tokens, room, *rule):
-        config = plan(32, 2, 128, room, torch.bfloat16, "", ("triton",))
-        q = torch.empty(rows, tokens, 32, 128, device="meta", dtype=torch.bfloat16)
-        cache = torch.empty(rows, room, 2, 128, device="meta", dtype=torch.bfloat16)
+    def launch(rows, tokens, room, *rule, heads=(32, 2, 128), dtype=torch.bfloat16):
+        H, KV, D = heads
+        config = plan(H, KV, D, room, torch.bfloat16, "", ("triton",))
+        q = torch.empty(rows, tokens, H, D, device="meta", dtype=torch.bfloat16)
+        cache = torch.empty(rows, room, KV, D, device="meta", dtype=dtype)
         one = torch.empty(rows, device="meta", dtype=torch.int32)
-        return lambda: with_cache(
-            q, q[:, :, :2], q[:, :, :2], cache, cache, one, one, *rule, config
-        )
+        new = q[:, :, :KV]
+        return lambda: with_cache(q, new, new, cache, cache, one, one, *rule, config)
 
-    yield _triton.Specialisation("batch 64 of 8192", launch(64, 1, 8192, None, 0.1, None, 0))
-    yield _triton.Specialisation(
-        "batch 2 of 131072, 5 tokens", launch(2, 5, 131072, None, 0.1, None, 0)
-    )
-    slopes = torch.empty(32, device="meta")
-    yield _triton.Specialisation("window and ALiBi", launch(64, 1, 8192, slopes, 0.1, 1024, 128))
+    plain = None, 0.1, None, 0, 1.0, 1.0
+    windowed = torch.empty(32, device="meta"), 0.1, 1024, 128, 1.0, 1.0
+    eight = dict(dtype=torch.float8_e4m3fn)
+    for label, launched in (
+        ("batch 64 of 8192", launch(64, 1, 8192, *plain)),
+        ("batch 2 of 131072, 5 tokens", launch(2, 5, 131072, *plain)),
+        ("window and ALiBi", launch(64, 1, 8192, *windowed)),
+        ("batch 64 of 8192, E4M3", launch(64, 1, 8192, None, 0.1, None, 0, 0.5, 0.5, **eight)),
+        ("96 heads on 8 of 192", launch(64, 1, 4096, *plain, heads=(96, 8, 192))),
+    ):
+        yield _triton.Specialisation(label, launched)

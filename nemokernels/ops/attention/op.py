@@ -9,6 +9,7 @@ import torch
 from nemokernels import _backends, _triton
 from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
 from nemokernels.ops.attention import ref, vendor
+from nemokernels.ops.fp8 import op as fp8
 
 FAMILY = family(
     "attention",
@@ -166,9 +167,13 @@ def _backward_cuda(dout, q, k, v, out, lse, cu_seqlens, slopes, scale, window, g
 
 
 def _with_cache_cuda(q, k, v, k_cache, v_cache, lengths, slots, *rule):
+    eight = k_cache.dtype == torch.float8_e4m3fn
+    barred = _triton.unsupported(q, None if eight else k_cache)
+    if eight and not barred:
+        barred = fp8.reason(q.device) or ""
     config = plan(
-        q.shape[2], k.shape[2], q.shape[3], k_cache.shape[1], q.dtype,
-        _triton.unsupported(q, k_cache), _backends.usable(CACHE_FAMILY.name, q.device),
+        q.shape[2], k.shape[2], q.shape[3], k_cache.shape[1], q.dtype, barred,
+        _backends.usable(CACHE_FAMILY.name, q.device),
     )  # fmt: skip
     args = (q, k, v, k_cache, v_cache, lengths, slots, *rule)
     if config.backend == "reference":
@@ -201,7 +206,7 @@ def _example_cache(device: torch.device, dtype: torch.dtype):
     slots = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
     v_cache = torch.randn_like(cache)
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
-    rule = slopes, 8**-0.5, 3, 1
+    rule = slopes, 8**-0.5, 3, 1, 1.0, 1.0
     return q, k, torch.randn_like(k), cache, v_cache, lengths, slots, *rule
 
 
@@ -245,7 +250,7 @@ attention = register(
 attention_with_cache = register(
     CACHE_FAMILY,
     "attention_with_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    f"Tensor lengths, Tensor slots, {RULE}) -> Tensor",
+    f"Tensor lengths, Tensor slots, {RULE}, float k_scale, float v_scale) -> Tensor",
     reference=ref.with_cache,
     fake=lambda q, *rest: q.new_empty(q.shape),
     example=_example_cache,

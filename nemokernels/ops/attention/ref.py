@@ -104,6 +104,8 @@ def with_cache(
     scale: float,
     window: int | None,
     global_tokens: int,
+    k_scale: float,
+    v_scale: float,
 ):
     """Write k and v into their slots, then one query at a time over exactly the keys it sees.
 
@@ -111,23 +113,28 @@ def with_cache(
     on the number of tokens in the call nor on the batch.
     """
     acc, groups, length = acc_dtype(q), k.shape[2], q.shape[1]
-    rule = alibi_slopes, scale, window, global_tokens
+    rule = alibi_slopes, scale * k_scale, window, global_tokens
     rows = _cache_rows(lengths.tolist(), slots.tolist(), length, k_cache.shape)
     out = q.new_zeros(q.shape)
     for b, slot, start in rows:
-        k_cache[slot, start : start + length] = k[b].to(k_cache.dtype)
-        v_cache[slot, start : start + length] = v[b].to(v_cache.dtype)
+        k_cache[slot, start : start + length] = _stored(k[b], k_cache.dtype, k_scale)
+        v_cache[slot, start : start + length] = _stored(v[b], v_cache.dtype, v_scale)
         for i in range(length):
             at = torch.arange(start + i + 1, device=q.device)
             at = at[_visible(start + i, at, window, global_tokens)]
             query = _query_heads(q[b, i : i + 1], groups, acc)
-            keys = _key_heads(k_cache[slot, at].to(q.dtype), acc)
-            values = _key_heads(v_cache[slot, at].to(q.dtype), acc)
+            keys, values = (_key_heads(c[slot][at].to(q.dtype), acc) for c in (k_cache, v_cache))
             scores = _scores(query, keys, at[-1:], at, *rule)
             p = torch.exp(scores - scores.amax(-1, keepdim=True))
             attended = _product(_round(p, q.dtype), values) / p.sum(-1, keepdim=True)
-            out[b, i] = attended.flatten(0, 2).to(q.dtype)
+            out[b, i] = (attended * v_scale).flatten(0, 2).to(q.dtype)
     return out
+
+
+def _stored(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    return (x.to(acc_dtype(x)) * (1.0 / scale)).clamp(-448.0, 448.0).to(dtype)
 
 
 def _sequences(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None):
