@@ -51,7 +51,7 @@ BAD_MIXER = [
     (dict(zxbcdt=torch.ones(2, 6, 46)), ValueError, "`zxbcdt` has 46 features"),
     (dict(conv1d_weight=torch.ones(33, 4)), ValueError, "`conv1d_weight` has 33 rows"),
     (dict(conv1d_weight=torch.ones(8, 4)), ValueError, "`conv1d_weight` has 8 rows"),
-    (dict(conv1d_bias=torch.ones(3)), ValueError, "`bias` has shape"),
+    (dict(conv1d_bias=torch.ones(3)), ValueError, "mamba_split_conv1d.*`bias` has shape"),
     (dict(D=None), TypeError, "`D` must be a torch.Tensor"),
     (dict(D=torch.ones(4, 3, 1)), ValueError, "`D` has shape"),
     (dict(headdim=None), ValueError, "`headdim` is None"),
@@ -67,6 +67,10 @@ BAD_MIXER = [
      "`outproj_bias` has shape"),
     (dict(seq_idx=torch.zeros(2, 6).int(), cu_seqlens=torch.tensor([0]).int()), ValueError,
      "`seq_idx` and `cu_seqlens` exclude"),
+    (dict(cu_seqlens=torch.tensor([0, 6]).int()), ValueError, "`zxbcdt` must have one row"),
+    (dict(conv1d_weight=torch.ones(32, 5)), ValueError, "`weight` has 5 taps"),
+    (dict(dt_limit=(2.0, 1.0)), ValueError, "`dt_limit` is"),
+    (dict(initial_states=torch.ones(2, 4, 3, 4)), ValueError, "`initial_states` has shape"),
 ]  # fmt: skip
 
 

@@ -142,3 +142,34 @@ def test_compiles_to_one_graph():
     out = torch.compile(fn, fullgraph=True, backend="aot_eager")(args)
     got = torch.autograd.grad(out.sum(), list(args.values()))
     assert torch.equal(out, fn(args)) and all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("gated_by", ["norm", "scan"])
+def test_keeps_no_more_than_it_says(gated_by):
+    """Beside views of zxbcdt and the parameters: the scan's output, once."""
+    args = inputs(batch=2, length=40, dtype=torch.float32)
+    args = {n: t for n, t in args.items() if not n.startswith("outproj")}
+    if gated_by == "scan":
+        del args["rmsnorm_weight"]
+    given = {t.untyped_storage().data_ptr() for t in args.values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run(args, norm_before_gate=False)
+    scanned = 2 * 40 * INNER * 4
+    statistics = 2 * 40 * GROUPS * 4 if gated_by == "norm" else 0
+    assert scanned <= sum(kept.values()) <= scanned + statistics
+    assert out.requires_grad
+
+
+def test_double_backward_raises():
+    args = inputs()
+    grads = torch.autograd.grad(run(args).square().sum(), list(args.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in grads).backward()

@@ -73,7 +73,7 @@ def causal_conv1d_fn(
     fn = "causal_conv1d_fn"
     check_tensor(fn, "x", x, shape=(None, None, None), dims="(B, dim, T)", dtypes=FLOATS)
     batch, dim, tokens = x.shape
-    _check_filter(fn, x, weight, bias)
+    check_filter(fn, x, weight, bias)
     sequences = batch
     if seq_idx is not None:
         check(fn, cu_seqlens is None, "`seq_idx` and `cu_seqlens` exclude each other, got both")
@@ -97,7 +97,7 @@ def causal_conv1d_fn(
         seq_idx,
         None if initial_states is None else initial_states.transpose(1, 2),
         cu_seqlens,
-        _is_silu(fn, activation),
+        is_silu(fn, activation),
         return_final_states,
     )
     y = y.transpose(1, 2)
@@ -158,7 +158,7 @@ def causal_conv1d_update(
           "`x` has shape {}, expected (B, dim) or (B, dim, T)", tuple(x.shape))  # fmt: skip
     batch, dim = x.shape[:2]
     tokens = x.shape[2] if x.dim() == 3 else 1
-    _check_filter(fn, x, weight, bias)
+    check_filter(fn, x, weight, bias)
     slots = batch if conv_state_indices is None else None
     check_tensor(fn, "conv_state", conv_state, shape=(slots, dim, None), dims="(slots, dim, L)",
                  dtypes=(x.dtype,), device=x.device)  # fmt: skip
@@ -189,7 +189,7 @@ def causal_conv1d_update(
         conv_state,
         weight,
         bias,
-        _is_silu(fn, activation),
+        is_silu(fn, activation),
         cache_seqlens,
         conv_state_indices,
         num_accepted_tokens,
@@ -240,7 +240,7 @@ def causal_conv1d_ref(
     ``seq_idx``; its argument order.
     """
     history = None if initial_states is None else initial_states.transpose(1, 2)
-    silu = _is_silu("causal_conv1d_ref", activation)
+    silu = is_silu("causal_conv1d_ref", activation)
     y, final = ref.forward(x.transpose(1, 2), weight, bias, seq_idx, history, None, silu, True)
     y, final = y.transpose(1, 2), final.transpose(1, 2)
     if not return_final_states:
@@ -261,7 +261,7 @@ def causal_conv1d_update_ref(
     Source: drop-in for causal-conv1d (Dao-AILab) 1.7; its argument order.
     """
     tokens = (x if x.dim() == 3 else x[..., None]).transpose(1, 2)
-    silu = _is_silu("causal_conv1d_update_ref", activation)
+    silu = is_silu("causal_conv1d_update_ref", activation)
     y = ref.update(tokens, conv_state, weight, bias, silu, cache_seqlens, None, None)
     y = y.transpose(1, 2)
     return y if x.dim() == 3 else y[..., 0]
@@ -277,7 +277,8 @@ def causal_conv1d_varlen_states_ref(
     return ref.varlen_states(x, cu_seqlens, state_len).transpose(1, 2)
 
 
-def _check_filter(fn, x, weight, bias) -> None:
+def check_filter(fn: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless weight and bias fit x (B, dim, ...)."""
     dim = x.shape[1]
     check_tensor(fn, "weight", weight, shape=(dim, None), dims="(dim, W)", dtypes=FLOATS,
                  device=x.device)  # fmt: skip
@@ -294,7 +295,8 @@ def _check_bounds(fn, cu_seqlens, device, dtypes=INT32) -> None:
     check(fn, cu_seqlens.shape[0] >= 1, "`cu_seqlens` needs at least one entry, got none")
 
 
-def _is_silu(fn, activation) -> bool:
+def is_silu(fn: str, activation: str | None) -> bool:
+    """Whether an ``activation`` argument asks for SiLU; raise if it asks for something else."""
     check(fn, activation in (None, "silu", "swish"),
           "`activation` is {!r}, expected None, \"silu\" or \"swish\"", activation)  # fmt: skip
     return activation is not None

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from nemokernels._checks import FLOATS, check, check_tensor
-from nemokernels.ops.causal_conv1d import causal_conv1d_fn
+from nemokernels.ops.causal_conv1d import check_filter, is_silu
 from nemokernels.ops.gated_rms_norm import rmsnorm_fn
 from nemokernels.ops.ssd import op
+from nemokernels.ops.ssd.mixer import conv_scan
 
 __all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
 
@@ -93,42 +94,20 @@ def mamba_chunk_scan_combined(
     """
     fn = "mamba_chunk_scan_combined"
     check_tensor(fn, "x", x, shape=(None,) * 4, dims="(B, T, H, P)", dtypes=FLOATS)
-    (batch, length, heads, width), device = x.shape, x.device
+    (batch, length, heads, _), device = x.shape, x.device
     check_tensor(fn, "B", B, shape=(batch, length, None, None), dims="(B, T, G, N)",
                  dtypes=(x.dtype,), device=device)  # fmt: skip
     check_tensor(fn, "C", C, shape=B.shape, dims="the shape of B", dtypes=(x.dtype,), device=device)
     groups, state = B.shape[2:]
     check(fn, groups > 0 and heads % groups == 0,
           "`B` has {} groups, expected a divisor of the {} heads", groups, heads)  # fmt: skip
-    _check_integer(fn, "chunk_size", chunk_size)
-    sequences = batch
-    if cu_seqlens is not None:
-        check_tensor(fn, "cu_seqlens", cu_seqlens, shape=(None,), dims="(S+1,)", dtypes=INT32,
-                     device=device)  # fmt: skip
-        check(fn, cu_seqlens.shape[0] >= 1, "`cu_seqlens` needs at least one entry, got none")
-        check(fn, batch == 1, "`x` must have one row with `cu_seqlens`, got B = {}", batch)
-        sequences = cu_seqlens.shape[0] - 1
     check(fn, cu_seqlens is not None or not return_varlen_states,
           "`return_varlen_states` needs `cu_seqlens`, got None")  # fmt: skip
-    per_channel = isinstance(D, torch.Tensor) and D.dim() == 2
-    state_shape = (sequences, heads, width, state)
-    expected = {
-        "dt": (dt, (batch, length, heads), "(B, T, H)", FLOATS),
-        "A": (A, (heads,), "(H,)", FLOATS),
-        "D": (D, (heads, width) if per_channel else (heads,), "(H,) or (H, P)", FLOATS),
-        "z": (z, x.shape, "the shape of x", FLOATS),
-        "dt_bias": (dt_bias, (heads,), "(H,)", FLOATS),
-        "initial_states": (initial_states, state_shape, "(S, H, P, N)", FLOATS),
-        "seq_idx": (seq_idx, (batch, length), "(B, T)", INT32),
-    }
-    for name, (value, shape, dims, dtypes) in expected.items():
-        if value is not None or name in ("dt", "A"):
-            check_tensor(fn, name, value, shape=shape, dims=dims, dtypes=dtypes, device=device)
-    check(fn, len(dt_limit) == 2 and 0 <= dt_limit[0] <= dt_limit[1],
-          "`dt_limit` is {}, expected two numbers, 0 <= least <= largest", dt_limit)  # fmt: skip
-    if state_dtype is not None and state_dtype not in FLOATS:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise TypeError(f"{fn}: `state_dtype` is {state_dtype}, expected None or one of {names}")
+    tensors = dict(dt=dt, A=A, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
+                   seq_idx=seq_idx)  # fmt: skip
+    _check_scan(
+        fn, "x", (*x.shape, state), device, tensors, cu_seqlens, chunk_size, dt_limit, state_dtype
+    )
     out, final, _ = op.ssd_chunk_scan(
         x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
         chunk_size, dt_softplus, *map(float, dt_limit), state_dtype,
@@ -173,7 +152,8 @@ def mamba_split_conv1d_scan_combined(
 
     softplus is always on. **Nemotron passes norm_before_gate=False**; the default is the peer's.
     It is composed of the three ops and differentiable through them; the output projection follows
-    autocast, nothing else does.
+    autocast, nothing else does. For the backward it keeps zxbcdt, the scan's output and the small
+    tensors; the convolution is computed again.
 
     Args:
         zxbcdt: (B, T, 2*M + 2*H*P + 2*G*N + H), float32, bfloat16, float16 or float64.
@@ -240,27 +220,19 @@ def mamba_split_conv1d_scan_combined(
                      dims="(E,)", dtypes=FLOATS, device=zxbcdt.device)  # fmt: skip
 
     gated_mlp, z, xbc, dt = zxbcdt.split([2 * mlp, inner, channels, heads], dim=-1)
-    xbc = causal_conv1d_fn(xbc.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx,
-                           activation=activation, cu_seqlens=cu_seqlens)  # fmt: skip
-    x, B, C = xbc.transpose(1, 2).split([inner, ngroups * state, ngroups * state], dim=-1)
-    y, final = mamba_chunk_scan_combined(
-        x.unflatten(-1, (heads, width)),
-        dt,
-        A,
-        B.unflatten(-1, (ngroups, state)),
-        C.unflatten(-1, (ngroups, state)),
-        chunk_size,
-        D=D,
-        z=z.unflatten(-1, (heads, width)) if rmsnorm_weight is None else None,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-        dt_softplus=True,
-        dt_limit=dt_limit,
-        return_final_states=True,
-        state_dtype=state_dtype,
+    gate = z.unflatten(-1, (heads, width)) if rmsnorm_weight is None else None
+    check_filter(fn, xbc.transpose(1, 2), conv1d_weight, conv1d_bias)
+    tensors = dict(dt=dt, A=A, D=D, z=gate, dt_bias=dt_bias, initial_states=initial_states,
+                   seq_idx=seq_idx)  # fmt: skip
+    sizes = (*zxbcdt.shape[:2], heads, width, state)
+    _check_scan(
+        fn, "zxbcdt", sizes, zxbcdt.device, tensors, cu_seqlens, chunk_size, dt_limit, state_dtype
     )
+    y, final = conv_scan(
+        xbc, dt, conv1d_weight, conv1d_bias, A, D, gate, dt_bias, initial_states, seq_idx,
+        cu_seqlens, sizes=(heads, width, ngroups, state), silu=is_silu(fn, activation),
+        options=(chunk_size, True, *map(float, dt_limit), state_dtype),
+    )  # fmt: skip
     y = y.flatten(2)
     if rmsnorm_weight is not None:
         y = rmsnorm_fn(y, rmsnorm_weight, z=z, eps=rmsnorm_eps, group_size=inner // ngroups,
@@ -271,6 +243,42 @@ def mamba_split_conv1d_scan_combined(
     if outproj_weight is not None:
         y = F.linear(y, outproj_weight, outproj_bias)
     return (y, final) if return_final_states else y
+
+
+def _check_scan(
+    fn, packed, sizes, device, tensors, cu_seqlens, chunk_size, dt_limit, state_dtype
+) -> None:
+    """What both functions ask of the scan; ``packed`` names the argument that has one row."""
+    batch, length, heads, width, state = sizes
+    _check_integer(fn, "chunk_size", chunk_size)
+    sequences = batch
+    if cu_seqlens is not None:
+        check_tensor(fn, "cu_seqlens", cu_seqlens, shape=(None,), dims="(S+1,)", dtypes=INT32,
+                     device=device)  # fmt: skip
+        check(fn, cu_seqlens.shape[0] >= 1, "`cu_seqlens` needs at least one entry, got none")
+        check(fn, batch == 1, "`{}` must have one row with `cu_seqlens`, got B = {}",
+              packed, batch)  # fmt: skip
+        sequences = cu_seqlens.shape[0] - 1
+    D = tensors["D"]
+    per_channel = isinstance(D, torch.Tensor) and D.dim() == 2
+    expected = {
+        "dt": ((batch, length, heads), "(B, T, H)", FLOATS),
+        "A": ((heads,), "(H,)", FLOATS),
+        "D": ((heads, width) if per_channel else (heads,), "(H,) or (H, P)", FLOATS),
+        "z": ((batch, length, heads, width), "the shape of x", FLOATS),
+        "dt_bias": ((heads,), "(H,)", FLOATS),
+        "initial_states": ((sequences, heads, width, state), "(S, H, P, N)", FLOATS),
+        "seq_idx": ((batch, length), "(B, T)", INT32),
+    }
+    for name, (shape, dims, dtypes) in expected.items():
+        value = tensors[name]
+        if value is not None or name in ("dt", "A"):
+            check_tensor(fn, name, value, shape=shape, dims=dims, dtypes=dtypes, device=device)
+    check(fn, len(dt_limit) == 2 and 0 <= dt_limit[0] <= dt_limit[1],
+          "`dt_limit` is {}, expected two numbers, 0 <= least <= largest", dt_limit)  # fmt: skip
+    if state_dtype is not None and state_dtype not in FLOATS:
+        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise TypeError(f"{fn}: `state_dtype` is {state_dtype}, expected None or one of {names}")
 
 
 def _check_integer(fn: str, name: str, value: int) -> None:
