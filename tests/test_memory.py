@@ -1,11 +1,12 @@
 """The memory a model takes, against sums done by hand, and the command that prints it."""
 
 import fnmatch
+import json
 
 import hybrids
 import pytest
 
-from nemokernels.models import find_variant, list_variants, names
+from nemokernels.models import find_variant, list_variants, names, read_config
 from nemokernels.models.memory import (
     PRECISIONS,
     Memory,
@@ -180,6 +181,22 @@ def test_command_counts_memory(capsys, monkeypatch):
     args = ["--precision", "bf16", "--gpu-gb", 24.5, "--reserve", 0]
     code, out, _ = run(capsys, name, "--memory", *args)
     assert "GPUs: 24.5 GB │ 11 │" in out and "fp8" not in out and "H100" not in out
+
+
+def test_command_reads_a_folder(capsys, monkeypatch, tmp_path):
+    """A net whose layers differ, as its config.json says."""
+    monkeypatch.setenv("COLUMNS", "160")
+    blocks = [{"block_type": "moe", "n_routed_experts": 4}, {"block_type": "mlp"}]
+    fields = {**hybrids.FIELDS, "model_type": "nemotron_h_puzzle", "block_configs": blocks}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields))
+    config = read_config(path)
+    for name in (tmp_path, path):
+        code, out, _ = run(capsys, name)
+        assert code == 0 and f"{names.element_count(config):,}" in out and "tensors │ 19" in out
+    code, out, _ = run(capsys, tmp_path, "--memory", "--precision", "bf16")
+    assert code == 0 and "1 x 8,192 tokens" in out
+    assert run(capsys, tmp_path / "absent.json")[0] == 2
 
 
 def test_command_takes_what_is_not_public(capsys):

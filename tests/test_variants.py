@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from nemokernels.models import ConfigError, build, find_variant, list_variants, variants
+from nemokernels.models import ConfigError, build, find_variant, list_variants, names, variants
 from nemokernels.models.variants import find_config
 
 VARIANTS = list_variants()
@@ -82,8 +82,11 @@ def test_exact_counts_are_the_published_ones():
 @pytest.mark.parametrize("variant", WHOLE, ids=lambda v: v.name)
 def test_built_counts(variant):
     """On meta; equal to the exact count, and within the rounding of what its makers state."""
-    count = elements(build(variant.name, device="meta", dtype=torch.bfloat16))
-    assert count == variant.parameters
+    model = build(variant.name, device="meta", dtype=torch.bfloat16)
+    count, tensors = elements(model), model.state_dict()
+    stacks = sum(len(t) - 1 for name, t in tensors.items() if names.is_stack(name))
+    assert (count, len(tensors) + stacks) == (variant.parameters, variant.tensors)
+    assert all(tensor.is_meta for tensor in tensors.values())
     nested = variant.family == "nemotron-elastic"  # named after a size class; see the next test
     assert variant.name in EXACT or nested or rounds_to(count, variant.published)
 

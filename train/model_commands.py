@@ -10,7 +10,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nemokernels.models import Variant, find_variant, list_variants, names, slice_checkpoint
+from nemokernels.models import (
+    Variant,
+    find_variant,
+    list_variants,
+    names,
+    read_config,
+    slice_checkpoint,
+)
 from nemokernels.models.fields import check_object, read_file
 from nemokernels.models.memory import PRECISIONS, Memory, gpus_needed, precision_of
 from nemokernels.models.memory import memory as count_memory
@@ -32,7 +39,7 @@ def models(
     """List the released models, describe one, or say how much memory serving it takes.
 
     Args:
-        name: a model's name or hub id; without it, the list.
+        name: a model's name or hub id, a checkpoint folder or a config.json; without it, the list.
         memory: weights, key-value cache and Mamba states, and on how many GPUs they fit.
         precision: of the weights: bf16, fp8, nvfp4.
         context: tokens per sequence.
@@ -45,11 +52,11 @@ def models(
     if name is None:
         print_models(console)
         return 0
-    variant = find_variant(name)
+    variant = _described(name)
     if not memory:
         print_model(console, variant)
         return 0
-    config = find_config(variant.name, **dict(map(_given, given)))
+    config = variant.config or find_config(name, **dict(map(_given, given)))
     gpus = {f"{size:g} GB": size for size in gpu_gb} or GPUS
     sizes = {"context": context, "batch": batch}
     print_memory(console, variant, config, precision, sizes, gpus, reserve)
@@ -166,6 +173,18 @@ _ROWS = {
     "all, GB": lambda need: _gb(need.total),
     "all, GiB": lambda need: f"{need.total / 2**30:,.2f}",
 }
+
+
+def _described(name: str) -> Variant:
+    """The released model of this name, or what a config.json says of another."""
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        return find_variant(name)
+    config = read_config(path)
+    tensors = sum(1 for _ in names.tensor_shapes(config))
+    return Variant(name, config.model_type, None, parameters=names.element_count(config),
+                   tensors=tensors, config=config)  # fmt: skip
 
 
 def _given(text: str) -> tuple[str, object]:
