@@ -1,6 +1,6 @@
 """FP8: quantisation with and without the transpose, and the linear layer it serves."""
 
-from functools import partial
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,21 @@ def bare():
     return lambda x, weight, x_scale, w_scale, x8, w8: product(x8, w8, x_scale, w_scale, x.dtype)
 
 
+def transformer_engine():
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    @functools.cache
+    def layer(N, K):
+        return te.Linear(K, N, bias=False, params_dtype=torch.bfloat16, device="cuda")
+
+    def run(x, weight, x_scale, w_scale, x8, w8):  # its scales are those of the tensors
+        with te.fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling()):
+            return torch.func.functional_call(layer(*weight.shape), {"weight": weight}, (x,))
+
+    return run
+
+
 class EagerLinear(torch.autograd.Function):
     """The same with a backward, whose products read transposed codes."""
 
@@ -89,7 +104,7 @@ def eager_trained(x, weight, x_scale, w_scale, x8, w8):
 
 
 def quantise(title, transpose=False, squared_relu=False):
-    make_inputs = partial(inputs, transpose=transpose, squared_relu=squared_relu)
+    make_inputs = functools.partial(inputs, transpose=transpose, squared_relu=squared_relu)
     return Subject("fp8", title, inputs=make_inputs, ours=ours, eager=eager, kept=("scale",),
                    tiny=dict(rows=3, width=32))  # fmt: skip
 
@@ -122,8 +137,21 @@ QUANTIZE = {
 }
 linear = dict(inputs=inputs_linear, ours=ours_linear, tiny=dict(M=32, K=48, N=16),
               kept=("x_scale", "w_scale"))  # fmt: skip
-LINEAR = Subject("fp8", "fp8_linear", eager=eager_linear, peers={"scaled_mm": bare}, **linear)
-TRAINED = Subject("fp8", "fp8_linear", eager=eager_trained, wrt=("x", "weight"), **linear)
+LINEAR = Subject(
+    "fp8",
+    "fp8_linear",
+    eager=eager_linear,
+    peers={"scaled_mm": bare, "transformer_engine": transformer_engine},
+    **linear,
+)
+TRAINED = Subject(
+    "fp8",
+    "fp8_linear",
+    eager=eager_trained,
+    wrt=("x", "weight"),
+    peers={"transformer_engine": transformer_engine},
+    **linear,
+)
 
 UPDATE = Subject(
     "fp8", "delayed_scaling_update", inputs=inputs_update, ours=ours_update, eager=eager_update,

@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from nemokernels import Route, moe_experts
+from nemokernels import FP8Experts, Route, moe_experts
 from nemokernels.bench.rows import Subject, model
 from nemokernels.ops.moe_experts import cost
 from nemokernels.ops.moe_route import ref as routing
@@ -47,9 +47,14 @@ def ours(x, up, down, **route):
 def eager(x, up, down, weights, experts, offsets, order):
     token = order.long() // weights.shape[1]
     hidden = F.relu(torch._grouped_mm(x[token], up.mT, offs=offsets)).square()
-    rows = torch._grouped_mm(hidden, down.mT, offs=offsets)
-    scaled = rows * weights.flatten()[order.long(), None]
-    return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, scaled.float()).to(x.dtype)
+    return add_up(torch._grouped_mm(hidden, down.mT, offs=offsets), x, weights, order)
+
+
+def add_up(rows, x, weights, order):
+    """Every token's rows, weighted."""
+    scaled = (rows * weights.flatten()[order.long(), None]).float()
+    total = torch.zeros_like(x, dtype=torch.float32)
+    return total.index_add_(0, order.long() // weights.shape[1], scaled).to(x.dtype)
 
 
 def sonic_moe():
@@ -78,6 +83,62 @@ def flashinfer():
     return run
 
 
+FP8 = torch.float8_e4m3fn
+STEP = 5 / 448  # what fills E4M3 with standard normal numbers, to five sigma
+
+
+def inputs_fp8(make, T, X, F, E, k):
+    """Codes of normal weights, their scales, and the same weights in bfloat16 for plain torch."""
+    up, down = (codes(make.randn(E, *shape), STEP) for shape in ((F, X), (X, F)))
+    ones = make.tensor([1.0] * E, torch.float32)
+    return dict(
+        x=make.randn(T, X), up=FP8Experts(up, ones * STEP * X**-0.5, ones[:1] * STEP),
+        down=FP8Experts(down, ones * STEP * F**-0.5, ones * STEP * 5),
+        dense=tuple(t.to(make.dtype) * (STEP * t.shape[2] ** -0.5) for t in (up, down)),
+        **route(make, T, E, k),
+    )  # fmt: skip
+
+
+def ours_fp8(x, up, down, dense, **route):
+    return moe_experts(x, up, down, as_route(**route))
+
+
+def codes(x, step):
+    return (x.float() / step).clamp(-448, 448).to(FP8)
+
+
+def eager_fp8(x, up, down, dense, weights, experts, offsets, order):
+    """Operands rounded as FP8 rounds them, products in bfloat16."""
+
+    def rounded(t, step):
+        return (codes(t, step).float() * step).to(t.dtype)
+
+    token, up_step, down_step = order.long() // weights.shape[1], up.input_scale, down.input_scale
+    hidden = F.relu(torch._grouped_mm(rounded(x, up_step)[token], dense[0].mT, offs=offsets))
+    hidden = rounded(hidden.square(), down_step[0])
+    rows = torch._grouped_mm(hidden, dense[1].mT, offs=offsets)
+    return add_up(rows, x, weights, order)
+
+
+def scaled_grouped_mm():
+    """torch's own product of 8-bit rows by expert, with a scale per row of either operand."""
+
+    def product(rows, step, matrix, offsets):
+        per_row = step.expand(len(rows)).contiguous()
+        per_column = matrix.scale[:, None].expand(matrix.values.shape[:2]).contiguous()
+        return torch._scaled_grouped_mm(
+            codes(rows, step), matrix.values.mT, per_row, per_column, offs=offsets,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+
+    def run(x, up, down, dense, weights, experts, offsets, order):
+        token = order.long() // weights.shape[1]
+        hidden = F.relu(product(x[token], up.input_scale, up, offsets)).square()
+        return add_up(product(hidden, down.input_scale[:1], down, offsets), x, weights, order)
+
+    return run
+
+
 def subject(**peers):
     return Subject(
         "moe_experts", "moe_experts", inputs=inputs, ours=ours, eager=eager, peers=peers,
@@ -87,6 +148,11 @@ def subject(**peers):
 
 FORWARD = subject(sonic_moe=sonic_moe, flashinfer=flashinfer)
 BACKWARD = subject(sonic_moe=sonic_moe)  # flashinfer has none
+EIGHT = Subject(
+    "moe_experts", "moe_experts with FP8 weights", inputs=inputs_fp8, ours=ours_fp8,
+    eager=eager_fp8, peers={"scaled_grouped_mm": scaled_grouped_mm}, kept=("up", "down", "dense"),
+    tiny=dict(T=5, X=16, F=32, E=6, k=2),
+)  # fmt: skip
 
 
 def sizes(short: str) -> dict[str, int]:
@@ -109,6 +175,13 @@ for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (1, 64, 163
         if (short, T) in (("nano3", 16384), ("nano3", 1024)):
             ROWS.append(BACKWARD.row(f"{short} {T}", "backward", cost=cost.backward(*counted),
                                      quick=T == 16384, **shape))  # fmt: skip
+for T in (64, 1024, 16384):
+    shape = dict(T=T, **sizes("nano3"))
+    used = touched(T, shape["E"], shape["k"])
+    counted = cost.forward(T, shape["X"], shape["F"], shape["k"], used, 2, "float8_e4m3fn",
+                           weight_itemsize=1)  # fmt: skip
+    ROWS.append(EIGHT.row(f"nano3 {T}", cost=counted, goal=0.60 if T == 16384 else None,
+                          quick=T == 16384, **shape))  # fmt: skip
 
 
 def test_bench(benchmark, row, measure):

@@ -15,7 +15,9 @@ DISTRIBUTIONS = {
     "flash_attn": ("flash-attn",),
     "flashinfer": ("flashinfer-python",),
     "sonic_moe": ("sonic-moe",),
-    "scaled_mm": ("torch",),  # torch's own product of 8-bit operands
+    "transformer_engine": ("transformer-engine",),
+    "scaled_mm": ("torch",),  # torch's own products of 8-bit operands
+    "scaled_grouped_mm": ("torch",),
 }
 
 
