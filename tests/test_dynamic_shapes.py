@@ -57,6 +57,10 @@ CASES = {
     "fp8_linear": lambda t: nk.fp8_linear(rand(16 * t, 32), rand(16, 32)),
     "nvfp4_linear": lambda t: nk.nvfp4_linear(rand(t, 32), nk.quantize_nvfp4(rand(16, 32))),
     "mtp_verify": lambda t: nk.mtp_verify(rand(t, 3, 32), torch.randint(32, (t, 2))).accepted,
+    "selective_scan_fn": lambda t: nk.selective_scan_fn(
+        rand(2, 8, t), rand(2, 8, t), -torch.rand(8, 16), rand(2, 16, t), rand(2, 1, 16, t),
+        z=rand(2, 8, t), delta_softplus=True,
+    ),
     "selective_state_update": lambda t: nk.selective_state_update(
         torch.zeros(t, 4, 8, 16), rand(t, 4, 8), rand(t, 4, 8), -torch.rand(4, 8, 16),
         rand(t, 2, 16), rand(t, 2, 16), dt_softplus=True,

@@ -176,7 +176,7 @@ def test_every_value_arrives(family, wrapper, tmp_path):
     assert all(torch.equal(held[name].bfloat16(), values[name]) for name in values)
 
 
-@pytest.mark.parametrize("family", ["bloom", "mt-nlg", "mamba2"])
+@pytest.mark.parametrize("family", ["bloom", "mt-nlg", "mamba2", "hymba"])
 def test_compiles_to_one_graph(family):
     model = families.model(family).train()
     tokens, bounds = hybrids.tokens(1, 12), torch.tensor([0, 5, 12], dtype=torch.int32)

@@ -179,6 +179,19 @@ def test_generation_forks_and_continues():
             row = torch.tensor([[token]])
 
 
+def test_initial_values():
+    """Two projections a layer write into the residual stream; the meta tokens are embeddings."""
+    torch.manual_seed(0)
+    model = build(families.config("hymba", intermediate_size=200), dtype=torch.float32)
+    layer = model.model.layers[2]
+    for projection in (layer.mixer.out_proj, layer.mlp.down_proj):
+        assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
+    assert model.model.meta_tokens.std().item() == pytest.approx(0.02, rel=0.2)
+    assert torch.equal(layer.mixer.mamba.A_log[7], torch.tensor([1.0, 2, 3, 4]).log())
+    for name, parameter in model.named_parameters():
+        assert "norm" not in name or bool((parameter == 1).all()), name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
