@@ -52,7 +52,10 @@ def slice_model(model: CausalLM, widths: Mapping[str, object]) -> CausalLM:
 
     Raises:
         ConfigError: the model has no such part; the message names the axis.
+        ValueError: the model keeps quantised layers; slice its checkpoint instead.
     """
+    if getattr(getattr(model, "quantization", None), "kept", ()):
+        raise ValueError("slice_model: the model keeps quantised layers; use `slice_checkpoint`")
     slicing = Slicing(model.config, widths)
     weight = model.lm_head.weight
     child = build(slicing.child, device="meta", dtype=weight.dtype)

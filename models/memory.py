@@ -77,11 +77,14 @@ def memory(config: Config, precision: Precision, *, context: int, batch: int) ->
     """What ``batch`` sequences of ``context`` tokens take; no drafts are held.
 
     Raises:
-        ValueError: context or batch is below 1.
+        ValueError: context or batch is below 1, or the context has more positions than are learned.
     """
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    learned = getattr(config, "max_position_embeddings", None)
+    if learned is not None and context > learned:
+        raise ValueError(f"`context` is {context}, but {learned} positions were learned")
     caching = getattr(config, "llm_config", config)  # a model that sees keeps no other caches
     one, two, all_ = (State(caching, 1, tokens, device="meta") for tokens in (1, 2, context))
     kv = _BYTES[precision.kv]

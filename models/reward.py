@@ -62,7 +62,9 @@ class RewardModel(CausalLM):
             options: ``outputs``, ``bias``, ``weights`` as in :class:`RewardConfig`.
         """
         model = cls(RewardConfig(language.config, head, **options), language)
-        model.file_dtypes = getattr(language, "file_dtypes", {})
+        for fact in ("file_dtypes", "quantization"):  # what saving asks for
+            if hasattr(language, fact):
+                setattr(model, fact, getattr(language, fact))
         nn.init.normal_(model.lm_head.weight, std=model.config.initializer_range)
         if model.lm_head.bias is not None:
             nn.init.zeros_(model.lm_head.bias)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from nemokernels.models import (
     CheckpointError,
     ConfigError,
+    RewardModel,
     elastic,
     from_pretrained,
     save_pretrained,
@@ -169,6 +170,17 @@ def test_dtypes_of_the_file_survive_in_memory(tmp_path):
     model = slice_model(from_pretrained(write(tmp_path / "a", values)), {"mamba_num_heads": 2})
     save_pretrained(model, tmp_path / "b")
     assert load_file(tmp_path / "b" / "model.safetensors")[name].dtype == torch.float32
+
+
+def test_a_model_that_keeps_quantised_layers_is_not_sliced(tmp_path):
+    values = plain()
+    quantise(values, "lm_head", "W4A16_NVFP4")
+    whole = write(tmp_path / "a", values, mixed({"lm_head": "W4A16_NVFP4"}))
+    model = from_pretrained(whole, keep_quantized=True)
+    with pytest.raises(ValueError, match="keeps quantised layers; use `slice_checkpoint`"):
+        slice_model(model, {})
+    with pytest.raises(ValueError, match="keeps quantised layers"):
+        save_pretrained(RewardModel.on(model, "score"), tmp_path / "b")
 
 
 def test_lists_with_patterns(tmp_path):

@@ -204,6 +204,9 @@ def test_command_takes_what_is_not_public(capsys):
     code, _, err = run(capsys, *args)
     assert code == 2 and "needs hidden_act, layer_norm_epsilon" in err
     given = ["--given", "hidden_act=gelu", "layer_norm_epsilon=1e-5"]
+    code, _, err = run(capsys, *args, *given)
+    assert code == 2 and "`context` is 8192, but 2048 positions were learned" in err
+    given = ["--context", 2048, *given]
     code, out, _ = run(capsys, *args, *given)
     assert code == 0 and "1,059.20" in out
     assert run(capsys, *args, "--given", "hidden_act")[0] == 2
