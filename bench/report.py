@@ -51,7 +51,7 @@ def table(document: dict) -> Table:
 def _cells(record: dict) -> list[str | Text]:
     ours, peer = entry(record), best_peer(record)
     if ours is None:
-        return [record["id"], Text(why_missing(record), "red")]
+        return [Text(f"{record['id']}: {why_missing(record)}", "red")]
     goal, share = record["goal"], ours.get("roofline")
     cells = [record["id"], ours["backend"], _ms(record.get("floor")), _ms(ours["median"]),
              f"{ours['mad'] / ours['median']:.1%}"]  # fmt: skip
@@ -112,36 +112,45 @@ def write(document: dict, out: Path | None) -> Path:
 
 
 def plot(document: dict, path: Path) -> None:
-    """The roofline of all rows, whatever their dtype.
+    """The roofline of all rows, whatever their dtype; up: attained share of the roof.
 
-    Across: time the products need over time the bytes need, at this card's ceilings; left of 1 the
-    copy is the roof, right of it the products. Up: attained share of the roof. Filled: ours;
-    hollow: the fastest peer.
+    Left, rows that only move, by op. Right, across, the time the products need over the time the
+    bytes need, at this card's ceilings: below 1 the copy is the roof, above it the products.
+    Filled: ours; hollow: the fastest peer.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ceilings = document["ceilings"]["before"]
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for i, op in enumerate(sorted({r["op"] for r in document["rows"]})):
-        style = dict(marker=STYLES[i % len(STYLES)], linestyle="", color=f"C{i % 10}")
-        records = [r for r in document["rows"] if r["op"] == op and entry(r)]
-        for name, pick, face in ((op, entry, f"C{i % 10}"), (None, best_peer, "none")):
-            chosen = [(_intensity(r, ceilings), pick(r)) for r in records]
-            points = [(x, e["roofline"]) for x, e in chosen if e]
-            if points:
-                axes.plot(*zip(*points), label=name, markerfacecolor=face, **style)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.axvline(1.0, color="grey", linewidth=0.5)
-    axes.set(xscale="log", ylim=(0, 1.1), xlabel="time of products / time of copy at the ceilings",
-             ylabel="share of the roofline", title=document["card"]["name"])  # fmt: skip
-    axes.legend(fontsize="small", ncols=2)
+    figure, (moving, multiplying) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(12, 5.5), layout="constrained", width_ratios=(2, 3)
+    )
+    measured = [r for r in document["rows"] if entry(r)]
+    ops = sorted({r["op"] for r in measured})
+    for axes, flops in ((moving, False), (multiplying, True)):
+        mine = [r for r in measured if bool(r["flops"]) == flops]
+        for op in sorted({r["op"] for r in mine}):
+            i = ops.index(op)
+            style = dict(marker=STYLES[i % len(STYLES)], linestyle="", color=f"C{i % 10}")
+            records = [r for r in mine if r["op"] == op]
+            across = [_intensity(r, document["ceilings"]["before"]) if flops else op
+                      for r in records]  # fmt: skip
+            axes.plot(across, [entry(r)["roofline"] for r in records], label=op, **style)
+            peers = [(x, p["roofline"]) for x, r in zip(across, records) if (p := best_peer(r))]
+            if peers:
+                axes.plot(*zip(*peers), markerfacecolor="none", **style)
+        axes.axhline(1.0, color="black", linewidth=1)
+    moving.set(ylim=(0, 1.1), ylabel="share of the roofline", title="copy alone")
+    moving.tick_params("x", rotation=90)
+    multiplying.axvline(1.0, color="grey", linewidth=0.5)
+    multiplying.set(xscale="log", title=document["card"]["name"],
+                    xlabel="time of products / time of copy, at the ceilings")  # fmt: skip
+    figure.legend(*multiplying.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def _intensity(record: dict, ceilings: dict) -> float:
-    products = record["flops"] / ceilings["gemm"].get(record["unit"], float("inf"))
-    return max(products / (record["bytes"] / ceilings["copy"]), 1e-2)
+    products = record["flops"] / ceilings["gemm"][record["unit"]]
+    return products / (record["bytes"] / ceilings["copy"])

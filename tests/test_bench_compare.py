@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_clock import Clock, document, put_on_a_card, tiny
+from fake_clock import CARD, LIMITS, Clock, document, put_on_a_card, tiny
 
-from nemokernels.bench import commands, compare, report
+from nemokernels.bench import commands, compare, conftest, report
 from nemokernels.bench.rows import rows
 from nemokernels.train import cli
 
@@ -130,6 +130,27 @@ def test_the_command_writes_prints_and_fails_on_a_wrong_row(
 def test_an_unknown_op_is_an_error_of_the_user(capsys):
     code, _, err = command(capsys, "sdd")
     assert code == 2 and "no bench for op 'sdd'" in err
+
+
+def test_a_row_under_pytest_fills_extra_info_or_fails(on_a_card):
+    class Benchmark:
+        def __init__(self):
+            self.extra_info, self.calls = {}, 0
+
+        def pedantic(self, function):
+            self.calls += 1
+            function()
+
+    benchmark, row = Benchmark(), tiny("relu2")[0]
+    conftest.record(benchmark, row, Clock(), LIMITS, {"commit": "abc", "card": CARD})
+    info = json.loads(json.dumps(benchmark.extra_info))
+    assert benchmark.calls == 1 and info["id"] == row.id and info["commit"] == "abc"
+    assert info["ceilings"]["copy"] == LIMITS.copy and info["entries"][0]["roofline"] > 0
+    subject = dataclasses.replace(row.subject, ours=torch.relu, exact=row.subject.ours)
+    benchmark = Benchmark()
+    with pytest.raises(AssertionError, match="relu2 forward .*: wrong: result 0"):
+        conftest.record(benchmark, dataclasses.replace(row, subject=subject), Clock(), LIMITS, {})
+    assert benchmark.extra_info == {} and benchmark.calls == 0
 
 
 def test_the_suite_is_collected_and_skipped_without_a_gpu():
