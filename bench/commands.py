@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,9 +58,13 @@ def bench(
         for path in tuning.write(tuning.tune(chosen, clock, say=say), card, out):
             say(f"written to {path}")
         return 0
-    document = run(chosen, clock, with_peers=peers, minutes=minutes,
-                   say=say)  # fmt: skip
-    path = report.write(document, out)
+    document = run(chosen, clock, with_peers=peers, minutes=minutes, say=say,
+                   save=lambda document: report.save(document, out))  # fmt: skip
+    path = report.save(document, out)
     report.show(document, console)
-    console.print(f"written to {path}", highlight=False)
+    say(f"written to {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no plot: matplotlib is not installed")
+    elif any(report.entry(record) for record in document["rows"]):
+        report.plot(document, path.with_suffix(".png"))
     return 1 if any("failed" in record for record in document["rows"]) else 0

@@ -99,15 +99,15 @@ def folder(document: dict, out: Path | None) -> Path:
     return (out or Path("bench") / "results") / slug(document["card"]["name"])
 
 
-def write(document: dict, out: Path | None) -> Path:
-    """Write the document and its plot side by side; returns the JSON's path."""
+def save(document: dict, out: Path | None) -> Path:
+    """Write the document, in place of an earlier state of the same run; returns the path."""
     where = folder(document, out)
     where.mkdir(parents=True, exist_ok=True)
     stamp = document["when"].translate({ord(c): None for c in "-:"})[:15]
     path = where / f"{stamp}-{document['commit'][:7]}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    if any("roofline" in e for r in document["rows"] for e in r["entries"]):
-        plot(document, path.with_suffix(".png"))
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.replace(path)
     return path
 
 

@@ -42,14 +42,17 @@ def run(
     with_peers: bool = True,
     minutes: float | None = None,
     say: Callable[[str], None] = print,
+    save: Callable[[dict], object] = lambda document: None,
 ) -> dict:
     """Measure rows; returns the document that is written as JSON.
 
-    With ``minutes``, rows that would start later are listed as not measured.
+    With ``minutes``, rows that would start later are listed as not measured. ``save`` gets the
+    document after every row, so that a run which is killed leaves what it had.
     """
     began = time.monotonic()
     document = {"schema": SCHEMA, **machine.facts(clock.device), "rows": []}
     before = calibrate(clock)
+    document["ceilings"] = {"before": vars(before)}
     for row in rows:
         late = minutes is not None and time.monotonic() - began > 60 * minutes
         record = describe(row)
@@ -58,18 +61,19 @@ def run(
             record["not_measured"] = f"{minutes:g} minutes were over"
             continue
         record |= contest(row, clock, before, with_peers=with_peers)
+        place(record, row, before)
         say(line(record))
-        if "fatal" in record:  # what is measured so far is kept, on the ceilings of before
+        save(document)
+        if "fatal" in record:
             document["fatal"] = record["fatal"]
             break
     document["power"] = machine.power(clock.device)
-    after = before if "fatal" in document else calibrate(clock)
-    document["ceilings"] = {
-        "before": vars(before), "after": vars(after), "drift": before.drift(after),
-    }  # fmt: skip
-    for record, row in zip(document["rows"], rows):
-        if record["entries"]:
+    if "fatal" not in document:
+        after = calibrate(clock)
+        document["ceilings"] |= {"after": vars(after), "drift": before.drift(after)}
+        for record, row in zip(document["rows"], rows):
             place(record, row, before.best(after))
+    save(document)
     return document
 
 
@@ -165,7 +169,9 @@ def contestants(row: Row, with_peers: bool) -> dict[str, Callable]:
 
 
 def place(record: dict, row: Row, ceilings: Ceilings) -> None:
-    """Add the floor and everyone's share of the roofline."""
+    """Add the floor and everyone's share of the roofline, if anyone has a time."""
+    if not record["entries"]:
+        return
     record["floor"] = row.cost.floor(ceilings.copy, ceilings.gemm)
     for entry in record["entries"]:
         if "median" in entry:

@@ -117,6 +117,7 @@ def test_the_command_writes_prints_and_fails_on_a_wrong_row(
     assert code == 0 and "written to" in out and "roofline" in out
     (found,) = (tmp_path / "nvidia-h100-80gb-hbm3").glob("*.json")
     assert len(json.loads(found.read_text())["rows"]) == 2
+    assert found.with_suffix(".png").exists()
     code, out, _ = command(capsys, "--compare", found, found)
     assert code == 0 and "0 worse of 2 rows" in out
 

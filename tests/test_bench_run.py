@@ -12,7 +12,7 @@ from fake_clock import CARD, CPU, LIMITS, Clock, document, put_on_a_card, tiny
 from rich.console import Console
 
 from nemokernels._registry import FAMILIES
-from nemokernels.bench import ceilings, machine, peers, plans, report, run
+from nemokernels.bench import ceilings, compare, machine, peers, plans, report, run
 from nemokernels.bench.ceilings import Ceilings
 from nemokernels.bench.check import Judge, Task
 from nemokernels.bench.clock import Runner, Stats, race
@@ -328,13 +328,26 @@ def test_a_row_without_a_figure_says_why(on_a_card):
 
 def test_files_and_plot(on_a_card, tmp_path):
     made = document(ops=("relu2", "ssd"))
-    path = report.write(made, tmp_path)
+    path = report.save(made, tmp_path)
+    report.plot(made, path.with_suffix(".png"))
     assert path.parent == tmp_path / "nvidia-h100-80gb-hbm3"
     assert json.loads(path.read_text()) == json.loads(json.dumps(made))
     assert path.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    made["rows"] = [{**made["rows"][0], "entries": [], "failed": "x"}]
-    made["when"] = "2027-01-01T00:00:00+00:00"
-    assert not report.write(made, tmp_path).with_suffix(".png").exists()
+    assert [p.name for p in path.parent.iterdir() if p.suffix not in (".json", ".png")] == []
+
+
+def test_a_run_that_is_killed_leaves_what_it_had(on_a_card, tmp_path):
+    def die(text):
+        if "rms_norm" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tiny("relu2", "rms_norm"), Clock(), say=die,
+                save=lambda made: report.save(made, tmp_path))  # fmt: skip
+    (path,) = tmp_path.rglob("*.json")
+    made = compare.load(path)
+    assert len(made["rows"]) == 1 and report.entry(made["rows"][0])["roofline"] > 0
+    assert compare.compare(made, made) == [] and "copy 3.00" in shown(made)
 
 
 def test_power_is_parsed_and_may_be_absent(monkeypatch):
