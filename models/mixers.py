@@ -6,8 +6,6 @@ stacked here and stored one by one there.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -64,26 +62,25 @@ class Mamba2(Wide):
         self.out_proj = Linear(inner, config.hidden_size, bias=bias, **kwargs)
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        return self.out_proj(run.mamba(self, self.in_proj(x)))
+
+    def split(self, zxbcdt: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of the input projection: z, xBC and dt."""
         c = self.config
-        groups = (c.n_groups, c.ssm_state_size)
-        z, xBC, dt = self.in_proj(x).split([c.d_inner, c.conv_dim, c.mamba_num_heads], -1)
-        xBC = run.conv(self.index, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x, B, C = xBC.split([c.d_inner, math.prod(groups), math.prod(groups)], -1)
-        y = run.scan(
-            self.index,
-            x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
-            dt,
-            -self.A_log.exp(),
-            B.unflatten(-1, groups),
-            C.unflatten(-1, groups),
-            D=self.D,
-            dt_bias=self.dt_bias,
-        )
-        size = c.d_inner // c.n_groups
-        y = rmsnorm_fn(
+        return zxbcdt.split([c.d_inner, c.conv_dim, c.mamba_num_heads], -1)
+
+    def weights(self) -> dict[str, torch.Tensor | None]:
+        """The parameters between the projections, norm aside, as the functions name them."""
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        small = {"A": -self.A_log.exp(), "D": self.D, "dt_bias": self.dt_bias}
+        return {"weight": taps, "bias": bias, **small}
+
+    def gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The output norm of y (B, T, heads, head_dim), gated by z first."""
+        size = self.config.d_inner // self.config.n_groups
+        return rmsnorm_fn(
             y.flatten(-2), self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False
         )
-        return self.out_proj(y)
 
 
 class Attention(nn.Module):

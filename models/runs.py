@@ -1,8 +1,8 @@
 """The three ways a model call runs over tokens.
 
-A mixer does not know whether it trains, prefills or decodes. It asks its run for the three
-operations that look across tokens: the convolution, the scan and attention; a model with rotary
-embeddings also asks for the tokens' positions.
+A mixer does not know whether it trains, prefills or decodes. It asks its run for what looks
+across tokens: convolution and scan (of a Mamba-2 mixer in one go) and attention; a model with
+rotary embeddings also asks for the tokens' positions.
 
 * :class:`Packed` - no state: training and scoring.
 * :class:`Prefill` - chunked kernels, continuing from a state and writing to it.
@@ -11,7 +11,6 @@ embeddings also asks for the tokens' positions.
 
 from __future__ import annotations
 
-import functools
 from typing import Protocol
 
 import torch
@@ -22,12 +21,12 @@ from nemokernels import (
     causal_conv1d_fn,
     causal_conv1d_update,
     mamba_chunk_scan_combined,
+    mamba_split_conv1d_scan_combined,
+    mamba_step,
     selective_scan_fn,
     selective_state_update,
 )
-from nemokernels._activations import softplus
 from nemokernels._checks import check, check_tensor
-from nemokernels._registry import acc_dtype
 from nemokernels.models.linear import is_exact
 from nemokernels.models.state import State
 
@@ -37,11 +36,11 @@ __all__ = ["Decode", "Packed", "Prefill", "Run"]
 class Run(Protocol):
     """One model call: how its mixers look across tokens. ``layer`` numbers the layers."""
 
+    def mamba(self, mixer, zxbcdt) -> torch.Tensor:
+        """What lies between a Mamba-2 mixer's projections: convolution, scan and gated norm."""
+
     def conv(self, layer, x, weight, bias) -> torch.Tensor:
         """Causal convolution and SiLU of x (B, T, channels)."""
-
-    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias) -> torch.Tensor:
-        """Mamba-2 scan of x (B, T, heads, head_dim)."""
 
     def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z) -> torch.Tensor:
         """Mamba-1 scan of x (B, T, channels), gated by z."""
@@ -75,10 +74,13 @@ class Packed:
         )
         return y.transpose(1, 2)
 
-    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
-        return mamba_chunk_scan_combined(
-            x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True,
-            dt_limit=self.config.time_step_limit, cu_seqlens=self.cu_seqlens,
+    def mamba(self, mixer, zxbcdt):
+        c, weights = self.config, mixer.weights()
+        return mamba_split_conv1d_scan_combined(
+            zxbcdt, weights.pop("weight"), weights.pop("bias"), chunk_size=c.chunk_size,
+            dt_limit=c.time_step_limit, rmsnorm_weight=mixer.norm.weight,
+            rmsnorm_eps=mixer.norm.eps, headdim=c.mamba_head_dim, ngroups=c.n_groups,
+            norm_before_gate=False, cu_seqlens=self.cu_seqlens, **weights,
         )  # fmt: skip
 
     def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):
@@ -150,10 +152,11 @@ class Prefill:
         starts = self.lengths[places].tolist()
         self._check_room(starts)
         self.starts = [start + state.prefix for start in starts]  # that the cache holds already
-        # The sequences that have a slot, their slots, and which state of the slot is current.
+        # The sequences that have a slot, their slots, and where they begin and end.
         self.sequences = (self.slots >= 0).nonzero().squeeze(1)
         self.places = places[self.sequences]
-        self.current = state.all_accepted[self.places].long() - 1
+        self.begin = self.lengths[self.places].long() + state.prefix
+        self.end = self.begin + cu_seqlens.diff()[self.sequences]
 
     def _check_sequences(self, tokens: int) -> None:
         slots, bounds = [slot for _, slot in self.live], self.bounds
@@ -168,29 +171,42 @@ class Prefill:
                   f"slot {slot} would hold {end} tokens, but `max_length` is "
                   f"{self.state.max_length}")  # fmt: skip
 
+    def mamba(self, mixer, zxbcdt):
+        c, weights = self.config, mixer.weights()
+        z, xBC, dt = mixer.split(zxbcdt)
+        xBC = self.conv(mixer.index, xBC, weights.pop("weight"), weights.pop("bias"))
+        groups = c.n_groups * c.ssm_state_size
+        x, B, C = xBC.flatten(0, 1)[None].split([c.d_inner, groups, groups], -1)
+        y, final = mamba_chunk_scan_combined(
+            x.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
+            dt.flatten(0, 1)[None],
+            weights.pop("A"),
+            B.unflatten(-1, (c.n_groups, -1)),
+            C.unflatten(-1, (c.n_groups, -1)),
+            c.chunk_size,
+            **weights,
+            initial_states=self._initial(mixer.index),
+            cu_seqlens=self.cu_seqlens,
+            dt_softplus=True,
+            dt_limit=c.time_step_limit,
+            return_final_states=True,
+        )
+        self._keep(mixer.index, final)
+        return mixer.gated_norm(y.view(*z.shape[:2], *y.shape[2:]), z)
+
     def conv(self, layer, x, weight, bias):
-        cache, window = self.state.conv[layer], self.state.window
-        taps = self.current[:, None, None] + torch.arange(window, device=x.device)
-        history = cache[self.places].gather(2, taps.expand(-1, x.shape[-1], -1))
-        initial = x.new_zeros(len(self.starts), x.shape[-1], window)
-        initial[self.sequences] = history.to(x.dtype)
+        cache, back = self.state.conv[layer], 1 - weight.shape[1]
+        steps = torch.arange(back, 0, device=x.device)
+        history = cache[self.places[:, None], :, (self.begin[:, None] + steps) % cache.shape[2]]
+        initial = x.new_zeros(len(self.starts), x.shape[-1], -back)
+        initial[self.sequences] = history.transpose(1, 2).to(x.dtype)
         y, final = causal_conv1d_fn(
             x.flatten(0, 1)[None].transpose(1, 2), weight, bias, initial_states=initial,
             return_final_states=True, activation="silu", cu_seqlens=self.cu_seqlens,
         )  # fmt: skip
-        cache[self.places, :, :window] = final[self.sequences].to(cache.dtype)
+        final = final[self.sequences].transpose(1, 2).to(cache.dtype)
+        cache[self.places[:, None], :, (self.end[:, None] + steps) % cache.shape[2]] = final
         return y.transpose(1, 2).reshape(x.shape)
-
-    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
-        shape = x.shape
-        x, dt, B, C = (t.flatten(0, 1)[None] for t in (x, dt, B, C))
-        y, final = mamba_chunk_scan_combined(
-            x, dt, A, B, C, self.config.chunk_size, D=D, dt_bias=dt_bias,
-            initial_states=self._initial(layer), cu_seqlens=self.cu_seqlens, dt_softplus=True,
-            dt_limit=self.config.time_step_limit, return_final_states=True,
-        )  # fmt: skip
-        self._keep(layer, final)
-        return y.view(shape)
 
     def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):
         x, dt, B, C, rows = (t.flatten(0, 1)[None] for t in (x, dt, B, C, z))
@@ -205,12 +221,12 @@ class Prefill:
         """SSM states of all sequences; zeros for those without a slot."""
         cache = self.state.ssm[layer]
         initial = cache.new_zeros(len(self.starts), *cache.shape[2:])
-        initial[self.sequences] = cache[self.places, self.current]
+        initial[self.sequences] = cache[self.places, (self.begin - 1) % cache.shape[1]]
         return initial
 
     def _keep(self, layer, final: torch.Tensor) -> None:
         cache = self.state.ssm[layer]
-        cache[self.places, 0] = final[self.sequences].to(cache.dtype)
+        cache[self.places, (self.end - 1) % cache.shape[1]] = final[self.sequences].to(cache.dtype)
 
     def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]
@@ -244,8 +260,6 @@ class Prefill:
 
     def commit(self):
         self.lengths[self.places] += self.cu_seqlens.diff()[self.sequences]
-        if not self.mtp:
-            self.state.all_accepted[self.places] = 1
 
 
 class Decode:
@@ -271,68 +285,54 @@ class Decode:
         index = state.rows(self.slots)
         lengths = (state.all_mtp_lengths if mtp else state.all_lengths)[index]
         self.lengths = lengths + state.prefix if state.prefix else lengths
-        self.accepted = state.all_accepted[index]
+
+    def mamba(self, mixer, zxbcdt):
+        weights, c = mixer.weights(), self.config
+        z, xBC, dt = mixer.split(zxbcdt)
+
+        def step(first, xBC, dt):
+            return mamba_step(
+                xBC, dt, self.state.conv[mixer.index], self.state.ssm[mixer.index],
+                weights["weight"], weights["bias"], weights["A"], self.lengths + first,
+                ngroups=c.n_groups, D=weights["D"], dt_bias=weights["dt_bias"], slots=self.slots,
+                dt_limit=c.time_step_limit,
+            )  # fmt: skip
+
+        return mixer.gated_norm(self._exactly(step, xBC, dt), z)
 
     def conv(self, layer, x, weight, bias):
         y = causal_conv1d_update(
-            x.transpose(1, 2), self.state.conv[layer], weight, bias, "silu",
-            conv_state_indices=self.slots, num_accepted_tokens=self.accepted,
+            x.transpose(1, 2), self.state.conv[layer], weight, bias, "silu", self.lengths,
+            self.slots,
         )  # fmt: skip
         return y.transpose(1, 2)
 
-    def scan(self, layer, x, dt, A, B, C, *, D, dt_bias):
-        low, high = self.config.time_step_limit
-        if (low, high) != (0.0, float("inf")):  # the recurrent kernel has no limit of its own
-            dt = softplus(dt.to(acc_dtype(x)) + dt_bias).clamp(low, high)
-            dt_bias = torch.zeros_like(dt_bias)
-        return self._steps(
-            layer,
-            dict(x=x, dt=dt[..., None], B=B, C=C),
-            A=A[:, None, None],
-            D=D[:, None],
-            dt_bias=dt_bias[:, None],
-            dt_softplus=(low, high) == (0.0, float("inf")),
-        )
-
     def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):
-        one_head = {name: t.unsqueeze(2) for name, t in dict(x=x, dt=dt, B=B, C=C, z=z).items()}
-        small = dict(A=A[None], D=D[None], dt_bias=dt_bias[None])
-        return self._steps(layer, one_head, **small, dt_softplus=True).squeeze(2)
+        ssm = self.state.ssm[layer]
+        states, small = ssm.shape[1], dict(D=D[None], dt_bias=dt_bias[None], dt_softplus=True)
 
-    def _steps(self, layer, packed: dict[str, torch.Tensor], **small) -> torch.Tensor:
-        """Step the layer's states through the tokens of ``packed``, each (rows, tokens, ...)."""
-        ssm, x = self.state.ssm[layer], packed["x"]
-        rows, tokens = x.shape[:2]
-        per_slot = ssm.shape[1]
-        places = self.slots[:, None] * per_slot + torch.arange(
-            per_slot, dtype=torch.int32, device=x.device
-        )
-        places = torch.where(self.slots[:, None] < 0, -1, places)
-        update = functools.partial(selective_state_update, ssm.flatten(0, 1), **small)
-        if is_exact():
-            return self._one_by_one(update, packed, places)
-        return update(
-            **{name: t.flatten(0, 1) for name, t in packed.items()},
-            state_batch_indices=places,
-            num_accepted_tokens=self.accepted,
-            cu_seqlens=tokens * torch.arange(rows + 1, dtype=torch.int32, device=x.device),
-        ).view(x.shape)
+        def step(first, x, dt, B, C, z):
+            rows, tokens = x.shape[:2]
+            position = self.lengths[:, None] + first
+            position = position + torch.arange(-1, tokens, dtype=torch.int32, device=x.device)
+            places = self.slots[:, None] * states + position % states
+            places = torch.where(self.slots[:, None] < 0, -1, places)
+            x, dt, B, C, z = (t.flatten(0, 1)[:, None] for t in (x, dt, B, C, z))
+            return selective_state_update(
+                ssm.flatten(0, 1), x, dt, A[None], B, C, z=z, **small,
+                state_batch_indices=places[:, 0], dst_state_batch_indices=places[:, 1:],
+                cu_seqlens=tokens * torch.arange(rows + 1, dtype=torch.int32, device=x.device),
+            ).view(rows, tokens, -1)  # fmt: skip
 
-    def _one_by_one(self, update, packed, places) -> torch.Tensor:
-        # Each token starts from the stored state of the one before, as in separate calls: a 16-bit
-        # state is rounded at every token.
-        out = []
-        for token in range(packed["x"].shape[1]):
-            start = torch.full_like(self.accepted, token) if token else self.accepted
-            out.append(
-                update(
-                    **{name: t[:, token] for name, t in packed.items()},
-                    state_batch_indices=places,
-                    num_accepted_tokens=start,
-                    dst_state_batch_indices=places[:, token : token + 1],
-                )
-            )
-        return torch.stack(out, 1)
+        return self._exactly(step, x, dt, B, C, z)
+
+    def _exactly(self, step, *packed: torch.Tensor) -> torch.Tensor:
+        """``step(0, *packed)`` of tensors (rows, tokens, ...); in exact mode token by token, each
+        from the stored state of the one before: a 16-bit state is rounded at every token."""
+        if not is_exact() or packed[0].shape[1] <= 1:
+            return step(0, *packed)
+        parts = zip(*(t.split(1, 1) for t in packed))
+        return torch.cat([step(token, *part) for token, part in enumerate(parts)], 1)
 
     def attend(self, layer, q, k, v, **bias):
         keys, values = self.state.keys[layer], self.state.values[layer]

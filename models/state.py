@@ -22,7 +22,7 @@ class State:
         slots: sequences held at once.
         max_length: tokens a sequence may have, drafts included.
         draft_tokens: tokens beyond the first that one decode call may take. Every slot keeps one
-            SSM state per token of a call, so that rejecting drafts copies nothing.
+            SSM state per token of a call.
         dtype: of the convolution windows.
         kv_dtype: of keys and values, also float8_e4m3fn; None: ``dtype``.
         kv_scales: attention layer -> what a unit of its E4M3 keys and of its values stands for;
@@ -32,14 +32,15 @@ class State:
         device: where it lives.
 
     Attributes:
-        conv: per Mamba layer, (slots, conv_dim, W - 1 + draft_tokens).
-        ssm: per Mamba layer, (slots, draft_tokens + 1, heads, head_dim, state_size).
+        conv: per Mamba layer, (slots, conv_dim, W + draft_tokens), a ring: the input at position n
+            of a sequence is entry ``n % (W + draft_tokens)``.
+        ssm: per Mamba layer, (slots, draft_tokens + 1, heads, head_dim, state_size), a ring: the
+            state after position n is entry ``n % (draft_tokens + 1)``.
         keys, values: per attention layer, (slots, prefix + max_length, KV heads, head_dim). Layers
             of the MTP block count on from the trunk's.
         prefix: places at the start of every slot that the model's meta tokens take.
-        lengths, mtp_lengths: (slots,) int32, tokens held for the trunk and for the MTP block.
-        accepted: (slots,) int32, how many tokens of the slot's last decode call stand, counted
-            from 1; the current SSM state is at this index minus one.
+        lengths, mtp_lengths: (slots,) int32, tokens held for the trunk and for the MTP block. They
+            alone say what is current: to reject drafts is not to count them.
     """
 
     def __init__(
@@ -78,11 +79,10 @@ class State:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.prefix = getattr(config, "meta_tokens", 0)
-        self.window = config.conv_kernel - 1 if config.mamba_layers else 0
         for index in config.mamba_layers:
-            window = self.window + draft_tokens
             # Channels are the fast axis: the layout of the convolution's kernels.
-            self.conv[index] = zeros(slots, window, config.conv_dim).transpose(1, 2)
+            ring = zeros(slots, config.conv_kernel + draft_tokens, config.conv_dim)
+            self.conv[index] = ring.transpose(1, 2)
             heads, width = config.mamba_num_heads, config.mamba_head_dim
             shape = (slots, draft_tokens + 1, heads, width, config.ssm_state_size)
             self.ssm[index] = zeros(*shape, kind=ssm_dtype)
@@ -93,7 +93,6 @@ class State:
         # One entry more than there are slots: padding rows read and write the last.
         self.all_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_mtp_lengths = zeros(slots + 1, kind=torch.int32)
-        self.all_accepted = zeros(slots + 1, kind=torch.int32).fill_(1)
         self.pending: tuple[torch.Tensor, int] | None = None
         # What a sequence begins with: zero, or per recurrent tensor what begin_with found.
         self.beginning: list[torch.Tensor] | None = None
@@ -105,10 +104,6 @@ class State:
     @property
     def mtp_lengths(self) -> torch.Tensor:
         return self.all_mtp_lengths[:-1]
-
-    @property
-    def accepted(self) -> torch.Tensor:
-        return self.all_accepted[:-1]
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +125,7 @@ class State:
             live = counts[slots >= 0]
             check("State.accept", bool(((live >= 1) & (live <= tokens)).all()),
                   f"`counts` must be from 1 to {tokens}, got {counts.tolist()}")  # fmt: skip
-        rows = self.rows(slots)
-        self.all_accepted[rows] = counts
-        self.all_lengths[rows] += counts
+        self.all_lengths[self.rows(slots)] += counts
         self.pending = None
 
     def advance_mtp(
@@ -151,7 +144,6 @@ class State:
             tensor[rows] = 0
         for tensor, first in zip(self._recurrent(), self.beginning or ()):
             tensor[rows] = first
-        self.all_accepted[rows] = 1
 
     def begin_with(self, slot: int) -> None:
         """Let every sequence begin with what ``slot`` holds now: all slots at once, and every slot
@@ -208,7 +200,7 @@ class State:
 
     def _tensors(self) -> list[torch.Tensor]:
         caches = (self.conv, self.ssm, self.keys, self.values)
-        lengths = [self.all_lengths, self.all_mtp_lengths, self.all_accepted]
+        lengths = [self.all_lengths, self.all_mtp_lengths]
         return [tensor for cache in caches for tensor in cache.values()] + lengths
 
     def check_settled(self, where: str) -> None:

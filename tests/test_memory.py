@@ -30,7 +30,7 @@ def test_one_small_hybrid_by_hand():
     need = memory(hybrids.config("M*E"), BF16, context=10, batch=3)
     assert need.weights == {"BF16": 2 * elements + 4 * 8}  # correction biases in float32
     assert need.kv_token == 2 * 2 * 12 * 2 and need.kv == 10 * need.kv_token
-    assert need.state == 4 * 6 * 8 * 16 + 2 * 112 * 3
+    assert need.state == 4 * 6 * 8 * 16 + 2 * 112 * 4
     assert need.total == 2 * elements + 32 + 3 * (need.kv + need.state)
 
 
@@ -76,7 +76,7 @@ def test_nano():
     """Six attention layers with two heads of 128; 23 Mamba layers of 64 x 64 x 128."""
     bf16, fp8 = need("Nemotron 3 Nano 30B-A3B", "bf16"), need("Nemotron 3 Nano 30B-A3B", "fp8")
     assert bf16.kv_token == 6 * 2 * 2 * 128 * 2 == 2 * fp8.kv_token
-    assert bf16.state == 23 * (64 * 64 * 128 * 4 + 6144 * 3 * 2)
+    assert bf16.state == 23 * (64 * 64 * 128 * 4 + 6144 * 4 * 2)
     assert sum(bf16.weights.values()) == 2 * 31_577_940_288 + 2 * 23 * 128
 
 
