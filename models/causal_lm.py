@@ -91,6 +91,8 @@ class CausalLM(nn.Module):
         if state is None:
             check(self.name, slots is None and not decode, "`slots` and `decode` need a `state`")
             return Packed(self.config, cu_seqlens)
+        check(self.name, not state.prefix or state.beginning is not None,
+              "`state` lacks the meta tokens; make it with the model's new_state")  # fmt: skip
         if decode:
             check(self.name, cu_seqlens is None, "`cu_seqlens` excludes `decode`")
             return Decode(self.config, state, tokens, slots, mtp=mtp)

@@ -8,7 +8,16 @@ import hybrids
 import pytest
 import torch
 
-from nemokernels.models import ConfigError, HymbaConfig, build, exact, find_variant, generate, names
+from nemokernels.models import (
+    ConfigError,
+    HymbaConfig,
+    State,
+    build,
+    exact,
+    find_variant,
+    generate,
+    names,
+)
 
 
 def plain(config, weights, tokens):
@@ -143,6 +152,14 @@ def test_slots_begin_with_the_meta_tokens_and_lengths_leave_them_out():
             state.reset([1, 2])
     with pytest.raises(ValueError, match="slot 0 would hold 7 tokens, but `max_length` is 6"):
         model(hybrids.tokens(1, 7), state=state)
+
+
+def test_a_state_without_the_meta_tokens_is_refused():
+    model = families.model("hymba")
+    state = State(model.config, 1, 8)
+    for decode in (False, True):
+        with pytest.raises(ValueError, match="`state` lacks the meta tokens"):
+            model(hybrids.tokens(1, 1), state=state, decode=decode)
 
 
 def test_rejected_drafts_leave_no_trace():
