@@ -92,8 +92,8 @@ def mtp_verify(
         A Verdict.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the
-            values of tensors are not read.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. Of
+            tensors' values only sums of draft_probs are checked, and only on the CPU.
 
     Source: Leviathan et al., "Fast inference from transformers via speculative decoding", 2023;
     Chen et al., "Accelerating large language model decoding with speculative sampling", 2023.

@@ -16,7 +16,10 @@ from __future__ import annotations
 import torch
 
 from nemokernels import _philox
+from nemokernels._checks import check
 from nemokernels._registry import acc_dtype
+
+SLACK = 0.01  # of the sum of draft_probs: more than rounding a distribution to 16 bits makes
 
 
 def forward(
@@ -44,6 +47,8 @@ def forward(
 
     keep, p = live & (drafts == best[:, :-1]), None
     if temperature is not None:
+        if draft_probs is not None and logits.device.type == "cpu":
+            _check_sums(draft_probs, live & (temperature > 0)[:, None])
         p = target(wide, peak, temperature.to(wide.dtype), top_k, top_p)
         p_draft = p[:, :-1].gather(2, index[..., None])[..., 0]
         q_draft = torch.ones_like(p_draft)
@@ -73,6 +78,15 @@ def forward(
     accepted, token = accepted.masked_fill(pad, -1), token.masked_fill(pad, 0)
     logprobs = log_probabilities(wide, index, accepted, token)
     return accepted.int(), token, logprobs
+
+
+def _check_sums(draft_probs: torch.Tensor, used: torch.Tensor) -> None:
+    sums = draft_probs.sum(-1, dtype=acc_dtype(draft_probs))
+    wrong = (used & ~((sums - 1.0).abs() <= SLACK)).nonzero()
+    if len(wrong):
+        b, j = wrong[0].tolist()
+        check("mtp_verify", False, f"`draft_probs` sums to {sums[b, j].item():g} at request {b}, "
+              f"draft {j}, expected 1")  # fmt: skip
 
 
 def target(
