@@ -21,6 +21,20 @@ from nemokernels.models import (
 from nemokernels.models.linear import Linear
 
 
+@pytest.mark.parametrize("grad_format", ["e5m2", "e4m3"])
+def test_every_product_takes_its_own_scale_and_format(grad_format):
+    layer = blocks(Fp8Recipe(grad_format=grad_format), count=1)[0].mlp.up_proj
+    x, dy = torch.randn(5, 16, requires_grad=True), torch.randn(5, 32)
+    scales = [torch.tensor(s) for s in (2.0, 30.0, 7.0)]
+    layer.fp8_state.scale.copy_(torch.stack(scales[:2]))
+    layer.fp8_state.grad_scale.fill_(scales[2])
+    grads = torch.autograd.grad(layer(x), (x, layer.weight), dy)
+    names = ("x_scale", "w_scale", "dy_scale")
+    y = fp8_linear(x, layer.weight, grad_format=grad_format, **dict(zip(names, scales)))
+    for a, b in zip(grads, torch.autograd.grad(y, (x, layer.weight), dy)):
+        assert torch.equal(a, b)
+
+
 def test_held_weights_are_cast_once():
     model, other = blocks(), blocks()
     other.load_state_dict(model.state_dict())

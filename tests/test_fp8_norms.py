@@ -46,7 +46,8 @@ def test_rms_norm(transpose, format, dtype):
     x, dy, dtotal = torch.randn(3, 4, 5, 24).to(dtype)
     weight = torch.randn(24)
     options = dict(format=format, transpose=transpose, eps=1e-4)
-    for residual in (None, torch.randn(4, 5, 24), torch.randn(4, 5, 24).to(dtype)):
+    for kind in (None, torch.float32, torch.bfloat16, dtype):
+        residual = None if kind is None else torch.randn(4, 5, 24).to(kind)
         tensors = [x, weight, *([] if residual is None else [residual])]
         grads = [dy, None if residual is None else dtotal.to(residual.dtype)]
 

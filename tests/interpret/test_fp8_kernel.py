@@ -89,6 +89,14 @@ def test_any_amax_is_exact():
             assert compare(x, 1.0, ref.E4M3) == 7.0
 
 
+def test_a_tile_of_nothing_but_nan_has_no_amax():
+    for config in CONFIGS:
+        x = torch.full((2 * config.rows, config.columns), torch.nan)
+        assert compare(x, 1.0, ref.E4M3, config=config) == 0
+        x[-1, -1] = 2.0
+        assert compare(x, 1.0, ref.E4M3, config=config) == 2
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_current_scale(format):
     nan, inf = torch.nan, torch.inf
@@ -148,6 +156,22 @@ def test_products(tokens, with_bias, dtype):
     backward = (tensors[2], *dy8, *x8[1:], *w8[1:], ref.E5M2, *kinds, "")
     same([kernel.product(*forward, config)], [ref.product(*forward)])
     same(kernel.product_backward(*backward, config), ref.product_backward(*backward))
+
+
+def test_products_get_the_sizes_that_the_device_takes(monkeypatch):
+    """Multiples of 16 along the summed axis and across the second operand, for any tokens."""
+
+    def scaled_mm(a, b, *scales, **options):
+        assert a.shape[1] % 16 == b.shape[0] % 16 == b.shape[1] % 16 == 0
+        assert a.stride() == (a.shape[1], 1) and b.stride() == (1, b.shape[0])
+        forward = a.dtype == ref.E4M3
+        assert options["use_fast_accum"] == forward
+        return multiply(a, b, *scales, **options)
+
+    multiply = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    test_products(37, False, BF16)
+    test_products(1, True, F32)
 
 
 def test_plan():
