@@ -62,9 +62,12 @@ def main(out, mode, family):
     if first:
         save_file(state, out / f"{mode}.safetensors")
     t.export(out / f"model-{mode}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    folder, mode, *names = sys.argv[1:]
+    for name in names:
+        (Path(folder) / name).mkdir(exist_ok=True)
+        main(Path(folder) / name, mode, name)
+    dist.destroy_process_group()
