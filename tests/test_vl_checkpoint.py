@@ -10,6 +10,7 @@ import vl
 from PIL import Image
 from safetensors.torch import save_file
 from test_checkpoint import stored_bytes
+from tokenizers.processors import TemplateProcessing
 
 from nemokernels.models import (
     CheckpointError,
@@ -22,7 +23,7 @@ from nemokernels.models import (
     read_config,
     save_pretrained,
 )
-from nemokernels.train import cli
+from nemokernels.train import cli, commands
 
 RADIO = "vision_model.radio_model."
 GENERATOR = RADIO + "model.patch_generator."
@@ -301,6 +302,19 @@ def test_generate_about_pictures_and_videos(capsys, folder):
     assert answers["gif"]["tokens"] == answers["folder"]["tokens"]
     code, out, err = run(capsys, *ask, "fox <image> dog", "--image", folder / "a.png")
     assert code == 0, err
+
+
+def test_pieces_of_text_get_no_tokens_of_their_own(folder):
+    """A tokenizer that puts <s> before every text would put one after every picture."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    made = commands.look(
+        vl.model(dtype=torch.float32), tokenizer, ("fox <image> dog",), (folder / "a.png",), (),
+        None, video_fps=None, video_pruning_rate=None,
+    )  # fmt: skip
+    assert tokenizer.encode("fox").ids[0] == 1 and 1 not in made.tokens
 
 
 @pytest.mark.parametrize("where", ["top", "llm"])
