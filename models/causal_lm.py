@@ -10,10 +10,11 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from nemokernels._checks import check, check_tensor
 from nemokernels.models.init import reset_parameters
-from nemokernels.models.mixers import Router
+from nemokernels.models.mixers import Experts, Router
 from nemokernels.models.runs import Decode, Packed, Prefill, Run
 from nemokernels.models.state import State
 
@@ -152,6 +153,22 @@ class CausalLM(nn.Module):
     def expert_counts(self) -> list[torch.Tensor]:
         """Of every router (experts,) int64: tokens seen in training mode since last zeroed."""
         return [router.expert_counts for router in self.routers()]
+
+    def split_experts(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's part of every layer's experts; rows then travel over the 1-D ``mesh``.
+
+        Its ranks call the model together, each with tokens of its own; tensors keep their names and
+        global shapes, as DTensors. Before ``fully_shard``.
+
+        Raises:
+            ValueError: the number of experts of some layer is not a multiple of the ranks'.
+        """
+        for experts in self.experts():
+            experts.split(mesh)
+
+    def experts(self) -> Iterator[Experts]:
+        """The routed experts of all mixture-of-experts layers, in order."""
+        return (module for module in self.modules() if isinstance(module, Experts))
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer with its initial value; see :mod:`.init`."""

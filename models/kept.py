@@ -11,8 +11,10 @@ from torch import nn
 from nemokernels import (
     NVFP4,
     FP8Experts,
+    Route,
     TiledNVFP4,
     dequantize_nvfp4,
+    moe_experts,
     nvfp4_linear,
     tile_nvfp4,
     untile_nvfp4,
@@ -80,6 +82,9 @@ class KeptExperts(Held):
     @property
     def down_proj(self) -> TiledNVFP4 | FP8Experts:
         return self.held("down")
+
+    def forward(self, x: torch.Tensor, route: Route) -> torch.Tensor:
+        return moe_experts(x, self.up_proj, self.down_proj, route)
 
 
 def keep(

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from nemokernels import moe_experts, moe_route, rmsnorm_fn
+from nemokernels import Route, moe_experts, moe_route, rmsnorm_fn
+from nemokernels.models import streams
 from nemokernels.models.activations import ACTIVATIONS
+from nemokernels.models.balance import Balance, carrying, recomputing
 from nemokernels.models.config import NemotronHConfig
-from nemokernels.models.linear import Linear, linear, row_by_row
+from nemokernels.models.expert_parallel import moe_experts_over
+from nemokernels.models.linear import Linear, is_exact, linear, row_by_row
 from nemokernels.models.norms import RMSNorm
 from nemokernels.models.runs import Run
 
@@ -119,8 +124,11 @@ class Router(Wide):
     """Scores every token against every expert, in float32.
 
     ``expert_counts`` adds up the tokens each expert received in training mode, for loss-free
-    balancing; whoever moves ``e_score_correction_bias`` zeroes it.
+    balancing; whoever moves ``e_score_correction_bias`` zeroes it. ``balance`` adds the auxiliary
+    loss to what is differentiated in training mode.
     """
+
+    balance: Balance | None = None
 
     def __init__(self, config: NemotronHConfig, **kwargs):
         super().__init__()
@@ -136,19 +144,55 @@ class Router(Wide):
         with torch.autocast(x.device.type, enabled=False):
             return linear(x.to(self.weight.dtype), self.weight)
 
+    def trained(self, logits: torch.Tensor, route: Route) -> Route:
+        """Count what ``logits`` chose; the route's weights carry the auxiliary loss."""
+        if not recomputing():
+            self.expert_counts.add_(route.counts)
+        if self.balance is None or not torch.is_grad_enabled():
+            return route
+        loss = self.balance.loss(logits, route.weights.shape[1])
+        return route._replace(weights=carrying(route.weights, loss))
+
 
 class Experts(nn.Module):
+    """The routed experts: all of them, or after :meth:`split` a rank's."""
+
+    mesh: DeviceMesh | None = None
+
     def __init__(self, experts: int, width: int, inner: int, **kwargs):
         super().__init__()
         self.up_proj = nn.Parameter(torch.empty(experts, inner, width, **kwargs))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner, **kwargs))
+
+    def split(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's part; the parameters become DTensors, sharded over the 1-D ``mesh``."""
+        ranks, rank = mesh.size(), mesh.get_local_rank()
+        experts = self.up_proj.shape[0]
+        if experts % ranks:
+            raise ValueError(f"{experts} experts cannot be split evenly over {ranks} ranks")
+        for name, whole in list(self.named_parameters()):
+            part = whole.detach().chunk(ranks)[rank].clone()
+            part = DTensor.from_local(
+                part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+            setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        self.mesh = mesh
+
+    def forward(self, x: torch.Tensor, route: Route) -> torch.Tensor:
+        if self.mesh is None:
+            return moe_experts(x, self.up_proj, self.down_proj, route)
+        if is_exact():
+            raise ValueError("exact mode computes one row at a time, split experts all together")
+        up, down = self.up_proj.to_local(), self.down_proj.to_local()
+        return moe_experts_over(x, up, down, route, self.mesh.get_group())
 
 
 class MoE(nn.Module):
     """Routed experts plus one shared expert.
 
     With ``moe_latent_size`` the routed experts work in a narrower space between two projections;
-    router and shared expert always see the full width.
+    router and shared expert always see the full width. The shared expert runs on a stream of its
+    own where that may pay (:func:`.streams.pays`).
     """
 
     def __init__(self, config: NemotronHConfig, **kwargs):
@@ -169,19 +213,19 @@ class MoE(nn.Module):
         }
 
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        shared = streams.aside(self.shared_experts, x)
         routed = row_by_row(self._routed, x.reshape(-1, x.shape[-1])).view_as(x)
-        return routed + self.shared_experts(x)
+        return routed + shared()
 
     def _routed(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.gate.e_score_correction_bias
-        route = moe_route(self.gate(x), correction_bias=bias, **self.choice)
+        logits = self.gate(x)
+        route = moe_route(logits, correction_bias=bias, **self.choice)
         if self.training:
-            self.gate.expert_counts.add_(route.counts)
+            route = self.gate.trained(logits, route)
         if self.fc1_latent_proj is None:
-            return moe_experts(x, self.experts.up_proj, self.experts.down_proj, route)
-        x = self.fc1_latent_proj(x)
-        y = moe_experts(x, self.experts.up_proj, self.experts.down_proj, route)
-        return self.fc2_latent_proj(y)
+            return self.experts(x, route)
+        return self.fc2_latent_proj(self.experts(self.fc1_latent_proj(x), route))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
