@@ -1,5 +1,6 @@
 """The models: configurations, state, checkpoints and generation, the same for every family."""
 
+from nemokernels.models.balance import Balance
 from nemokernels.models.build import build
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.checkpoint import checkpoint_spec, from_pretrained
@@ -44,6 +45,7 @@ from nemokernels.models.variants import Variant, find_variant, list_variants
 from nemokernels.models.vl_config import NemotronVLConfig, VisionConfig
 
 __all__ = [
+    "Balance",
     "CausalLM",
     "CheckpointError",
     "Clip",

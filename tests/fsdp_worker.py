@@ -15,20 +15,25 @@ from nemokernels.models import RewardModel
 from nemokernels.train.preference import PairObjective, Pairs
 from nemokernels.train.trainer import Trainer
 
+CHANGES = {
+    "experts2": dict(expert_parallel=2),
+    "experts4": dict(expert_parallel=4, recompute=True),
+}
+
 
 def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().contiguous()
 
 
 def model(family):
-    if family == "nemotron_h":
+    if family in ("nemotron_h", *CHANGES):
         return tiny.model(dtype=torch.float32)
     changes = dict(vocab_size=320, tie_word_embeddings=True)
     return families.model(family, dtype=torch.float32, **changes)
 
 
-def trainer(family, out):
-    settings = tiny.settings()
+def trainer(family, out, **changes):
+    settings = tiny.settings(**changes)
     if family == "reward":
         torch.manual_seed(0)
         made = RewardModel.on(families.model("nemotron", dtype=torch.float32), "score")
@@ -41,7 +46,7 @@ def trainer(family, out):
 
 
 def main(out, mode, family):
-    t = trainer(family, out / "run")
+    t = trainer(family, out / "run", **CHANGES.get(family, {}))
     first = t.rank == 0
     if mode == "resume":
         assert t.resume() == 3

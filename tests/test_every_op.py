@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import nemokernels  # noqa: F401  (registers the operators)
 from nemokernels import _selftest
@@ -87,6 +88,23 @@ def test_compiles_to_one_graph(name):
     for a, b in zip(tensors(eager_in), tensors(compiled_in)):
         assert (a.grad is None) == (b.grad is None)
         assert a.grad is None or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_runs_again_in_the_backward(name):
+    """Under torch.utils.checkpoint, which hands out what was saved once."""
+    overload, grads = OPERATORS[name].overload, []
+
+    def loss(*args):
+        outs = [o for o in tensors(overload(*args)) if o.is_floating_point() and o.requires_grad]
+        return sum(o.float().square().sum() for o in outs)
+
+    for again in (False, True):
+        args = with_grad(example(name))
+        (checkpoint(loss, *args, use_reentrant=False) if again else loss(*args)).backward()
+        grads.append([t.grad for t in tensors(args) if t.grad is not None])
+    assert grads[0] and len(grads[0]) == len(grads[1])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize("name", FORWARDS)

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import expert_parallel_worker
+import fsdp_worker
 import on_ranks
 import pytest
 import torch
@@ -50,3 +51,41 @@ def test_experts_must_split_evenly_and_not_in_exact_mode():
     experts.mesh = mesh
     with exact(), pytest.raises(ValueError, match="exact mode computes one row at a time"):
         experts(torch.ones(1, 4), None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    on_ranks.torchrun(Path(fsdp_worker.__file__), 4, out, "train", *fsdp_worker.CHANGES)
+    return out
+
+
+def single(out, dtype):
+    t = fsdp_worker.trainer("nemotron_h", out)
+    t.model.to(dtype)
+    t.backward()
+    return {name: p.grad for name, p in t.objective.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", fsdp_worker.CHANGES)
+def test_gradients_of_the_sharded_trainer(kind, trained, tmp_path):
+    got = load_file(trained / kind / "grads.safetensors")
+    exact, plain = (single(tmp_path, dtype) for dtype in (torch.float64, torch.float32))
+    assert got.keys() == exact.keys()
+    for name in exact:
+        testing.assert_matches(got[name], exact[name], plain[name], name)
+        assert got[name].abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", fsdp_worker.CHANGES)
+def test_checkpoint_and_export_know_nothing_of_the_ranks(kind, trained, tmp_path):
+    """One process continues from the four; its export has the same bytes."""
+    out = trained / kind
+    one, want = fsdp_worker.trainer("nemotron_h", out / "run"), load_file(out / "train.safetensors")
+    assert one.resume() == 3
+    got = one.objective.state_dict()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+    one.export(tmp_path / "again")
+    for file in ("model.safetensors", "config.json"):
+        assert (out / "model-train" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    one.train_step()

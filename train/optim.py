@@ -21,10 +21,11 @@ def adamw(
     named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95, 1e-8), the betas of the Nemotron runs, with decay as in :func:`decays`."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
     for name, parameter in named:
-        # Sharded and replicated parameters cannot share one multi-tensor update.
-        key = (decays(name, parameter), isinstance(parameter, DTensor))
+        # Parameters of different meshes, or of none, cannot share one multi-tensor update.
+        axes = parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0
+        key = (decays(name, parameter), axes)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [

@@ -8,10 +8,13 @@ What is sharded how, openly:
 * A_log, D, dt_bias and the router's weight must not be rounded to ``param_dtype``. FSDP2 has one
   dtype per group, so these few small ones stay whole on every rank and their gradients are summed
   by one all-reduce.
+* With expert parallelism over N ranks the mesh is (ranks / N, N): every N neighbours share the
+  experts out among them, and those with the same part shard each of its matrices by rows.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterable
@@ -21,7 +24,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+from nemokernels.models import CausalLM
 
 WHOLE = ("A_log", "D", "dt_bias", "gate.weight")
 
@@ -45,23 +51,64 @@ def is_whole(name: str) -> bool:
 
 
 def shard(
-    root: nn.Module, units: Iterable[nn.Module], device: torch.device, param_dtype: torch.dtype
+    root: nn.Module,
+    model: CausalLM,
+    device: torch.device,
+    param_dtype: torch.dtype,
+    expert_parallel: int = 1,
 ) -> None:
-    """``fully_shard`` every unit, then the root, over all ranks. Gradients are sums, not means:
-    the loss is already divided by the global number of tokens."""
+    """``fully_shard`` the layers of ``model``, then ``root``, which it is a part of, over all
+    ranks. Gradients are sums, not means: the loss is already divided by the global number of
+    tokens.
+
+    Raises:
+        ValueError: ranks or experts cannot be divided by ``expert_parallel``, or an expert's rows
+            by the rest.
+    """
     # A layer's output is a view where F.linear makes one; nothing here writes into it.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    world = dist.get_world_size()
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     whole = [p for name, p in root.named_parameters() if is_whole(name)]
-    for module in (*units, root):
+    split = []
+    if expert_parallel == 1:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    else:
+        grid = init_device_mesh(
+            device.type, (world // expert_parallel, expert_parallel), mesh_dim_names=("data", "ep")
+        )
+        mesh = grid._flatten("shard")
+        model.split_experts(grid["ep"])
+        split = list(model.experts())
+    for experts in split:
+        for name, parameter in experts.named_parameters():
+            if parameter.shape[1] % grid["data"].size():
+                raise ValueError(
+                    f"experts.{name} has {parameter.shape[1]} rows, which cannot be split evenly "
+                    f"over {grid['data'].size()} ranks"
+                )
+        fully_shard(
+            experts, mesh=grid["data"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
+        )
+    units = (*model.fsdp_units(), root)
+    for module in units:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
+    for module in (*split, *units):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     for parameter in whole:
         dist.broadcast(parameter.data, src=0)
+
+
+def recompute(units: Iterable[nn.Module]) -> None:
+    """Keep of every unit's forward only its inputs; the backward runs it again. Before sharding."""
+    for unit in units:
+        # On the instance, so that no parameter's name changes; hooks of FSDP stay outside.
+        unit.forward = functools.partial(
+            checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from nemokernels import update_correction_bias
 from nemokernels.models import (
+    Balance,
     CausalLM,
     Fp8Recipe,
     build,
@@ -65,16 +66,23 @@ class Settings:
     """Weight of the mean MTP loss."""
     balance_rate: float = 1e-3
     """Step of the loss-free expert balancing, per optimizer step."""
+    balance_coefficient: float = 1e-4
+    """Weight of the routers' auxiliary loss per window (Nemotron 3 Nano and Super; Ultra's is not
+    known); 0 turns it off. Of the default objective only."""
     seed: int = 0
     """Order of the data."""
     fp8: Literal["off", "delayed", "current"] = "off"
     """Products of the trunk's linear layers in FP8, with delayed or current scaling."""
     fp8_ends: int = 2
     """First and last layers that stay out of FP8."""
+    recompute: bool = False
+    """Keep only the inputs of every layer and run it again in the backward: less memory."""
+    expert_parallel: int = 1
+    """Ranks that share the experts out among them; rows travel to their experts."""
 
     def check(self) -> None:
         """Raise ValueError for sizes below 1, a schedule longer than the run, or reversed rates."""
-        for name in ("steps", "seq_len", "windows", "micro_batches"):
+        for name in ("steps", "seq_len", "windows", "micro_batches", "expert_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > self.steps:
@@ -82,6 +90,8 @@ class Settings:
                 f"warmup ({self.warmup}) and decay ({self.decay}) must not be negative and must "
                 f"fit into steps ({self.steps})"
             )
+        if self.balance_coefficient < 0:
+            raise ValueError(f"balance_coefficient is {self.balance_coefficient}, expected >= 0")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"need 0 <= min_lr <= lr, got min_lr {self.min_lr}, lr {self.lr}")
 
@@ -130,7 +140,16 @@ class Trainer:
                 f"windows ({settings.windows}) must be a multiple of ranks x micro_batches "
                 f"({self.world} x {settings.micro_batches})"
             )
+        if self.world % settings.expert_parallel:
+            raise ValueError(
+                f"expert_parallel ({settings.expert_parallel}) must divide the number of ranks "
+                f"({self.world})"
+            )
         self.model = model.to(self.device).train()
+        if objective is None and settings.balance_coefficient:
+            balance = Balance(settings.balance_coefficient, settings.seq_len, settings.windows)
+            for router in self.model.routers():
+                router.balance = balance
         self.fp8_checked = settings.fp8 == "off"
         if settings.fp8 != "off":
             inner = inner_layers(self.model, settings.fp8_ends)
@@ -142,10 +161,12 @@ class Trainer:
                 self.model, mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight
             )
         )
+        if settings.recompute:
+            parallel.recompute(self.model.fsdp_units())
         if dist.is_initialized():
             on_cuda = self.device.type == "cuda"
             dtype = param_dtype or (torch.bfloat16 if on_cuda else torch.float32)
-            parallel.shard(self.objective, self.model.fsdp_units(), self.device, dtype)
+            parallel.shard(self.objective, self.model, self.device, dtype, settings.expert_parallel)
         self.optimizer = optim.adamw(
             self.objective.named_parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )

@@ -163,8 +163,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dfinal):
-    bias, initial_states = ctx.saved_tensors[2], ctx.saved_tensors[4]
-    dx, dweight, dbias, dinitial = causal_conv1d_backward(dy, dfinal, *ctx.saved_tensors, ctx.silu)
+    _, _, bias, _, initial_states, _ = saved = ctx.saved_tensors
+    dx, dweight, dbias, dinitial = causal_conv1d_backward(dy, dfinal, *saved, ctx.silu)
     dbias = None if bias is None else dbias
     dinitial = None if initial_states is None else dinitial
     return dx, dweight, dbias, None, dinitial, None, None, None
