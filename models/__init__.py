@@ -28,6 +28,7 @@ from nemokernels.models.gpt_config import GPTConfig
 from nemokernels.models.hymba import Hymba
 from nemokernels.models.hymba_config import HymbaConfig
 from nemokernels.models.images import Clip, ImageError, load_clip, load_image
+from nemokernels.models.init import reset_buffers
 from nemokernels.models.linear import exact
 from nemokernels.models.mamba2_config import Mamba2Config
 from nemokernels.models.mamba_config import MambaConfig
@@ -40,6 +41,7 @@ from nemokernels.models.quantization import Quantization
 from nemokernels.models.reward import RewardModel, attribute_loss, pairwise_loss
 from nemokernels.models.reward_config import RewardConfig
 from nemokernels.models.saving import save_pretrained
+from nemokernels.models.sharding import deferred
 from nemokernels.models.state import State
 from nemokernels.models.variants import Variant, find_variant, list_variants
 from nemokernels.models.vl_config import NemotronVLConfig, VisionConfig
@@ -77,6 +79,7 @@ __all__ = [
     "check_fp8",
     "checkpoint_spec",
     "convert_to_fp8",
+    "deferred",
     "exact",
     "find_variant",
     "fp8_report",
@@ -94,6 +97,7 @@ __all__ = [
     "RewardModel",
     "pairwise_loss",
     "read_config",
+    "reset_buffers",
     "save_pretrained",
     "slice_checkpoint",
     "slice_model",

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 import nemokernels
 from nemokernels.models import names
@@ -34,6 +33,7 @@ from nemokernels.models.files import (
     StoredTensor,
     read_json,
 )
+from nemokernels.models.init import assign, zero_counters
 from nemokernels.models.kept import keep
 from nemokernels.models.names import Layout, TensorSpec
 from nemokernels.models.quantization import (
@@ -328,9 +328,7 @@ def _fill(
     if shapes != plan.shapes:
         differ = sorted(set(shapes.items()) ^ set(plan.shapes.items()))
         raise RuntimeError(f"the model and its list of tensor names disagree: {differ[:10]}")
-    model.quantization, model.file_dtypes = plan.quantization, {}
-    model.file_trunk = plan.trunk
-    model.kept = {name: shards.read(tensor) for name, tensor in plan.kept.items()}
+    remember(model, plan, shards)
     filled: dict[str, torch.Tensor] = {}
     sources = plan.sources
     if keep_quantized and plan.quantization is not None:
@@ -352,24 +350,14 @@ def _fill(
                 unlike = plan.quantization is not None and dtype is not None
                 model.file_dtypes[target] = (kept, kept if unlike else stored)
             into = filled[target] if index is None else filled[target][index]
-            into.copy_(_value(source, plan, shards, scalars, into.dtype))
+            into.copy_(read_value(source, plan, shards, scalars, into.dtype))
     zero_counters(model, device)
 
 
-def zero_counters(model: nn.Module, device: torch.device) -> None:
-    """Give the buffers that are not part of a checkpoint, still on meta, their zeros."""
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            assign(model, name, torch.zeros_like(buffer, device=device))
-
-
-def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put ``value`` in the place of the model's parameter or buffer of this name."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        value = nn.Parameter(value, requires_grad=module._parameters[leaf].requires_grad)
-    setattr(module, leaf, value)
+def remember(model: CausalLM, plan: Plan, shards: Shards) -> None:
+    """Note in the model what saving needs to know of the file."""
+    model.quantization, model.file_dtypes, model.file_trunk = plan.quantization, {}, plan.trunk
+    model.kept = {name: shards.read(tensor) for name, tensor in plan.kept.items()}
 
 
 def _part(
@@ -384,13 +372,14 @@ def _part(
     return shards.read(plan.tensors[name]) if name in plan.tensors else None
 
 
-def _value(
+def read_value(
     source: Source,
     plan: Plan,
     shards: Shards,
     scalars: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """The tensor of a source, dequantised."""
     part = partial(_part, plan, shards, scalars, source)
     if source.algorithm is None:
         return part("weight")

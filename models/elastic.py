@@ -12,13 +12,7 @@ import torch
 
 from nemokernels.models.build import build
 from nemokernels.models.causal_lm import CausalLM
-from nemokernels.models.checkpoint import (
-    QUANT_CONFIG,
-    Opened,
-    assign,
-    open_checkpoint,
-    zero_counters,
-)
+from nemokernels.models.checkpoint import QUANT_CONFIG, Opened, open_checkpoint
 from nemokernels.models.files import (
     CONFIG,
     CheckpointError,
@@ -28,6 +22,7 @@ from nemokernels.models.files import (
     read_bytes,
     read_json,
 )
+from nemokernels.models.init import assign, zero_counters
 from nemokernels.models.quantization import GROUP, is_scale
 from nemokernels.models.saving import Output, config_bytes, json_bytes, write_folder
 from nemokernels.models.slicing import Cut, Ranges, Slicing, length, take

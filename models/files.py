@@ -82,9 +82,10 @@ class Shards:
     def __exit__(self, *error) -> None:
         self._stack.close()
 
-    def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """The data of one tensor, on the CPU."""
-        return self._open[tensor.file].get_tensor(tensor.name)
+    def read(self, tensor: StoredTensor, box: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """The data of one tensor, or of what ``box`` cuts out of it, on the CPU."""
+        file = self._open[tensor.file]
+        return file.get_slice(tensor.name)[box] if box else file.get_tensor(tensor.name)
 
     def _read_all(self) -> None:
         single, index = (os.path.lexists(self._folder / name) for name in (SINGLE, INDEX))

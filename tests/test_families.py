@@ -139,7 +139,7 @@ def test_every_parameter_gets_a_gradient(family):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_command_line_builds_from_a_config_file(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(families.config(family).to_dict()))
-    model = load_model(str(tmp_path / "config.json"), seed=0)
+    model, fill = load_model(str(tmp_path / "config.json"), seed=0)
     assert model.config.model_type == family
     assert model.lm_head.weight.dtype == torch.float32
 

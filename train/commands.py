@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from nemokernels.models import (
     NemotronVL,
     VisionPrompt,
     build,
+    deferred,
     fp8_report,
     from_pretrained,
     load_clip,
@@ -51,17 +53,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
 
 
-def load_model(source: str, *, seed: int) -> CausalLM:
+def load_model(source: str, *, seed: int) -> tuple[CausalLM, Callable[[CausalLM], None]]:
     """A checkpoint folder's model, or a fresh one from a config.json or a variant's name.
 
-    Weights are float32: the optimizer updates them.
+    It is on meta, and the function fills it once it is sharded. Weights are float32: the optimizer
+    updates them.
     """
     path = Path(source)
     if path.is_dir():
-        return from_pretrained(path, dtype=torch.float32)
-    torch.manual_seed(seed)
+        return deferred(path)
     config = read_config(path) if path.suffix == ".json" else source
-    return build(config, dtype=torch.float32)
+
+    def fill(model: CausalLM) -> None:
+        torch.manual_seed(seed)
+        model.reset_parameters()
+
+    return build(config, device="meta", dtype=torch.float32), fill
 
 
 def fit(
@@ -73,6 +80,7 @@ def fit(
     *,
     save_every: int,
     fresh: bool,
+    fill: Callable[[CausalLM], None] | None = None,
 ) -> list:
     """Train (or continue), then write the model, its tokenizer and the loss curve into ``out``."""
     largest = int(corpus.tokens.max())
@@ -87,7 +95,7 @@ def fit(
     if fresh:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model, batches, settings, out)
+    trainer = Trainer(model, batches, settings, out, fill=fill)
     step, first = trainer.resume(), trainer.rank == 0
     with Log(out / "log.jsonl", step=step, steps=settings.steps, show=first) as log:
         trainer.run(save_every=save_every, on_step=log)
@@ -126,8 +134,10 @@ def train(
     beside = Path(model) if Path(model).is_dir() else Path(model).parent
     encoder = load_tokenizer(tokenizer or beside / "tokenizer.json")
     corpus = Corpus.from_texts(encoder, read_texts(text_files(data)))
-    network = load_model(model, seed=settings.seed)
-    reports = fit(network, encoder, corpus, settings, out, save_every=save_every, fresh=fresh)
+    network, fill = load_model(model, seed=settings.seed)
+    reports = fit(
+        network, encoder, corpus, settings, out, save_every=save_every, fresh=fresh, fill=fill
+    )
     if os.environ.get("RANK", "0") == "0":
         change = f"loss {reports[0].losses[0]:.3f} -> {reports[-1].losses[0]:.3f}"
         Console().print(f"{change}, model in {out / 'model'}", highlight=False)

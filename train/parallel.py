@@ -98,7 +98,7 @@ def shard(
     for module in (*split, *units):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    for parameter in whole:
+    for parameter in whole if not any(p.is_meta for p in whole) else ():
         dist.broadcast(parameter.data, src=0)
 
 

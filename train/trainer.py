@@ -28,6 +28,7 @@ from nemokernels.models import (
     held_fp8_weights,
     inner_layers,
     is_fp8_state,
+    reset_buffers,
     save_pretrained,
     update_fp8,
 )
@@ -116,6 +117,10 @@ class Trainer:
     Under torchrun the model is sharded with FSDP2 (train/parallel.py says how). ``param_dtype`` is
     the compute type of gathered weights: bfloat16 on CUDA, float32 on CPU unless given.
 
+    A ``model`` on meta is sharded before it has memory, so that no rank ever holds all of it; then
+    ``fill`` gives it its values, on every rank alike (:func:`~nemokernels.models.deferred`, or a
+    seed and ``reset_parameters``).
+
     ``objective`` makes the loss out of the model, with :class:`Objective`'s two methods and for the
     batches that ``batches.at`` gives; by default it is that one.
     """
@@ -127,6 +132,7 @@ class Trainer:
         settings: Settings,
         out: Path,
         *,
+        fill: Callable[[CausalLM], None] | None = None,
         objective: Callable[[CausalLM], nn.Module] | None = None,
         keep: int = 2,
         param_dtype: torch.dtype | None = None,
@@ -145,7 +151,10 @@ class Trainer:
                 f"expert_parallel ({settings.expert_parallel}) must divide the number of ranks "
                 f"({self.world})"
             )
-        self.model = model.to(self.device).train()
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        if on_meta and fill is None:
+            raise ValueError("a model on meta needs `fill`, which gives it its values")
+        self.model = (model if on_meta else model.to(self.device)).train()
         if objective is None and settings.balance_coefficient:
             balance = Balance(settings.balance_coefficient, settings.seq_len, settings.windows)
             for router in self.model.routers():
@@ -167,6 +176,10 @@ class Trainer:
             on_cuda = self.device.type == "cuda"
             dtype = param_dtype or (torch.bfloat16 if on_cuda else torch.float32)
             parallel.shard(self.objective, self.model, self.device, dtype, settings.expert_parallel)
+        if on_meta:
+            self.objective.to_empty(device=self.device)
+            reset_buffers(self.model)
+            fill(self.model)
         self.optimizer = optim.adamw(
             self.objective.named_parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )

@@ -1,0 +1,73 @@
+"""A model sharded on meta gets the bits of the whole one, and no rank holds or reads more."""
+
+from pathlib import Path
+
+import deferred_worker
+import on_ranks
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from nemokernels.models import build, from_pretrained, save_pretrained
+from nemokernels.train.trainer import Trainer
+
+KINDS = ["fresh", "fresh experts", "read", "read experts"]
+
+
+def whole(name, out):
+    if name.startswith("read"):
+        return from_pretrained(out / "saved", dtype=torch.float32)
+    torch.manual_seed(3)
+    return build(tiny.config(), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deferred")
+    save_pretrained(tiny.model(seed=9, dtype=torch.bfloat16), folder / "saved")
+    on_ranks.torchrun(Path(deferred_worker.__file__), 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_values_are_those_of_the_whole_model(name, out):
+    want = whole(name, out).state_dict()
+    for rank in range(2):
+        got = load_file(out / f"{name} {rank}.safetensors")
+        got.pop("facts")
+        assert got.keys() == want.keys()
+        assert [n for n in want if not torch.equal(got[n], want[n])] == []
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_rank_holds_its_part_and_reads_no_more(name, out):
+    model = whole(name, out)
+    total = sum(p.nbytes for p in model.parameters())
+    largest = max(p.nbytes for p in model.parameters())
+    read = []
+    for rank in range(2):
+        peak, held, elements = load_file(out / f"{name} {rank}.safetensors")["facts"].tolist()
+        assert total / 2 <= held < 0.53 * total  # routers and the like are whole
+        # Its part, one tensor beside it, and buffers.
+        assert held <= peak < held + 1.2 * largest + 20_000
+        read.append(elements)
+    count = sum(p.numel() for p in model.state_dict().values())
+    if name.startswith("read"):
+        assert all(count / 2 <= elements < 0.53 * count for elements in read)
+
+
+@pytest.mark.parametrize("name", ["fresh", "read"])
+def test_one_process_too(name, out, tmp_path):
+    t = deferred_worker.trainer(out / "saved" if name == "read" else None, tmp_path)
+    want, got = whole(name, out).state_dict(), t.model.state_dict()
+    assert [n for n in want if not torch.equal(got[n], want[n])] == []
+    assert all(int(c.sum()) == 0 for c in t.model.expert_counts)
+    t.train_step()
+
+
+def test_a_model_on_meta_needs_its_values(tmp_path):
+    settings = tiny.settings()
+    model = build(tiny.config(), device="meta", dtype=torch.float32)
+    with pytest.raises(ValueError, match="a model on meta needs `fill`"):
+        Trainer(model, tiny.batches(settings), settings, tmp_path)
