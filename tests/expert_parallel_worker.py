@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import hybrids
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from nemokernels import moe_experts, moe_route, testing
 from nemokernels.models.expert_parallel import moe_experts_over
+from nemokernels.train import parallel
 
 EXPERTS, WIDTH, INNER = 8, 6, 10
 CASES = {  # tokens of each quarter of the ranks, experts that are chosen, slots, dtype
@@ -66,6 +69,9 @@ def main(out):
         for world, group in ((4, dist.group.WORLD), (2, pairs[rank // 2])):
             for name in CASES:
                 save_file(run(name, group), out / f"{name} {world} {rank}.safetensors")
+    odd = hybrids.model("E", moe_intermediate_size=25, dtype=torch.float32)
+    with pytest.raises(ValueError, match="experts.up_proj has 25 rows, which cannot be split"):
+        parallel.shard(odd, odd, torch.device("cpu"), torch.float32, expert_parallel=2)
     dist.barrier()
     dist.destroy_process_group()
 

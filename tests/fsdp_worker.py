@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from nemokernels.models import RewardModel
+from nemokernels.train import parallel
 from nemokernels.train.preference import PairObjective, Pairs
 from nemokernels.train.trainer import Trainer
 
@@ -45,6 +46,20 @@ def trainer(family, out, **changes):
     return Trainer(model(family), tiny.batches(settings), settings, out)
 
 
+def check(t):
+    """One mesh per group of the optimizer; what is not sharded is the same on every rank."""
+    for group in t.optimizer.param_groups:
+        meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}
+        assert len(meshes) == 1
+    whole = [p.detach().flatten() for p in t.objective.parameters() if not isinstance(p, DTensor)]
+    if whole:
+        mine, most = torch.cat(whole), torch.cat(whole)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        agree = torch.tensor(float(torch.equal(mine, most)))
+        dist.all_reduce(agree, dist.ReduceOp.MIN)
+        assert agree == 1
+
+
 def main(out, mode, family):
     t = trainer(family, out / "run", **CHANGES.get(family, {}))
     first = t.rank == 0
@@ -57,11 +72,15 @@ def main(out, mode, family):
         if first:
             save_file(grads, out / "grads.safetensors")
             (out / "sharded.txt").write_text("\n".join(sharded))
+        counts = parallel.all_sum(torch.cat([*t.model.expert_counts, torch.zeros(0).long()]))[0]
+        if first:
+            save_file({"counts": counts}, out / "counts.safetensors")
         t.optimizer.zero_grad()
         for router in t.model.routers():
             router.expert_counts.zero_()
         for _ in range(3):
             t.train_step()
+        check(t)
         t.save()
     state = {name: whole(p) for name, p in t.objective.state_dict().items()}
     if first:

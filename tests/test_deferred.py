@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from nemokernels.models import build, from_pretrained, save_pretrained
+from nemokernels.models import build, from_pretrained, init, save_pretrained
 from nemokernels.train.trainer import Trainer
 
 KINDS = ["fresh", "fresh experts", "read", "read experts"]
@@ -64,6 +64,16 @@ def test_one_process_too(name, out, tmp_path):
     assert [n for n in want if not torch.equal(got[n], want[n])] == []
     assert all(int(c.sum()) == 0 for c in t.model.expert_counts)
     t.train_step()
+
+
+def test_experts_are_drawn_one_by_one(monkeypatch):
+    """So that beside its part a rank needs memory for one of them."""
+    model, drawn = build(tiny.config(), device="meta", dtype=torch.float32), []
+    monkeypatch.setattr(init, "_rule", lambda *_: lambda tensor: drawn.append(tuple(tensor.shape)))
+    monkeypatch.setattr(init, "reset_buffers", lambda model: None)
+    model.reset_parameters()
+    assert drawn.count((32, 24)) == drawn.count((24, 32)) == 2 * 8
+    assert (8, 32, 24) not in drawn and (320, 48) in drawn
 
 
 def test_a_model_on_meta_needs_its_values(tmp_path):

@@ -64,14 +64,16 @@ def single(out, dtype):
     t = fsdp_worker.trainer("nemotron_h", out)
     t.model.to(dtype)
     t.backward()
-    return {name: p.grad for name, p in t.objective.named_parameters()}
+    counts = torch.cat(t.model.expert_counts)
+    return {name: p.grad for name, p in t.objective.named_parameters()}, counts
 
 
 @pytest.mark.parametrize("kind", fsdp_worker.CHANGES)
 def test_gradients_of_the_sharded_trainer(kind, trained, tmp_path):
     got = load_file(trained / kind / "grads.safetensors")
-    exact, plain = (single(tmp_path, dtype) for dtype in (torch.float64, torch.float32))
+    (exact, counts), (plain, _) = (single(tmp_path, d) for d in (torch.float64, torch.float32))
     assert got.keys() == exact.keys()
+    assert torch.equal(load_file(trained / kind / "counts.safetensors")["counts"], counts)
     for name in exact:
         testing.assert_matches(got[name], exact[name], plain[name], name)
         assert got[name].abs().max() > 0, name
