@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import deferred_worker
+import families
 import on_ranks
 import pytest
+import quantized
 import tiny
 import torch
 from safetensors.torch import load_file
 
-from nemokernels.models import build, from_pretrained, init, save_pretrained
+from nemokernels.models import build, deferred, from_pretrained, init, save_pretrained
 from nemokernels.train.trainer import Trainer
 
 KINDS = ["fresh", "fresh experts", "read", "read experts"]
@@ -81,3 +83,32 @@ def test_a_model_on_meta_needs_its_values(tmp_path):
     model = build(tiny.config(), device="meta", dtype=torch.float32)
     with pytest.raises(ValueError, match="a model on meta needs `fill`"):
         Trainer(model, tiny.batches(settings), settings, tmp_path)
+
+
+def assert_filled(folder):
+    """What `deferred` gives in one process is what `from_pretrained` gives."""
+    model, fill = deferred(folder)
+    model.to_empty(device="cpu")
+    init.reset_buffers(model)
+    fill(model)
+    want = from_pretrained(folder, dtype=torch.float32)
+    got = model.state_dict()
+    assert got.keys() == want.state_dict().keys()
+    for name, value in want.state_dict().items():
+        assert torch.equal(got[name], value), name
+    assert model.file_dtypes == want.file_dtypes and model.file_trunk == want.file_trunk
+    assert model.kept.keys() == want.kept.keys()
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_is_read_alike(family, tmp_path):
+    save_pretrained(families.model(family, dtype=torch.bfloat16), tmp_path / "a")
+    assert_filled(tmp_path / "a")
+
+
+def test_quantised_layers_are_dequantised_alike(tmp_path):
+    values, layers = quantized.plain(), {}
+    for module, algorithm in zip(quantized.LINEAR, ("FP8", "NVFP4", "FP8", "NVFP4")):
+        quantized.quantise(values, module, algorithm)
+        layers[module] = algorithm
+    assert_filled(quantized.write(tmp_path / "a", values, quantized.mixed(layers)))
