@@ -112,3 +112,16 @@ def test_quantised_layers_are_dequantised_alike(tmp_path):
         quantized.quantise(values, module, algorithm)
         layers[module] = algorithm
     assert_filled(quantized.write(tmp_path / "a", values, quantized.mixed(layers)))
+
+
+def test_fp8_layers_too(tmp_path):
+    """Their scales begin at one, on meta as elsewhere, and a step has the same bits."""
+    states = []
+    for model, fill in (deferred_worker.fresh(), (whole("fresh", tmp_path), None)):
+        settings = tiny.settings(fp8="delayed", fp8_ends=0)
+        t = Trainer(model, tiny.batches(settings), settings, tmp_path, fill=fill)
+        t.train_step()
+        states.append(t.objective.state_dict())
+    assert any(name.endswith("scale") for name in states[0])
+    assert states[0].keys() == states[1].keys()
+    assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
