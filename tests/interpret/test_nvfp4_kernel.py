@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from nemokernels._philox import philox4x32
 from nemokernels.ops.nvfp4 import kernel, op, ref
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -41,10 +44,29 @@ def test_every_bit_of_nearest(dtype, block_rows, amax):
 @pytest.mark.parametrize("config", [SMALL, op.Config("triton", 32, 16, 1)])
 @pytest.mark.parametrize("stream", [0, 1])
 def test_every_bit_of_stochastic_rounding(dtype, config, stream):
-    """The grid has no influence; draws are counted past 32 bits by the same code."""
+    """The grid has no influence."""
     x = corners(37, 48, dtype)
     want = ref.quantize(x, None, 1, SEED, stream)
     same(kernel.quantize(x, None, 1, SEED, stream, False, config), want)
+
+
+@triton.jit
+def noise_kernel(out_ptr, seed_ptr, first_row, blocks):
+    row, block = first_row + tl.arange(0, 4), tl.arange(0, 2)
+    noise = kernel._noise(tl.load(seed_ptr), 1, row, block, blocks, 4, 2)
+    at = tl.arange(0, 4)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(out_ptr + at, noise.reshape((4, 32)).to(tl.int32))
+
+
+def test_noise_is_counted_in_64_bits():
+    """Rows of a tensor of more than 2**36 elements: the draw's number has a high word."""
+    first, blocks = (1 << 20) + 3, 1 << 14
+    got = torch.empty(4, 32, dtype=torch.int32)
+    noise_kernel[(1,)](got, SEED, first, blocks)
+    draws = (torch.arange(first, first + 4)[:, None] * blocks + torch.arange(2)).reshape(-1)
+    words = torch.stack(philox4x32(SEED, draws, 1), -1)[..., None]
+    want = (words >> torch.tensor([0, 8, 16, 24]) & 255).reshape(4, 32)
+    assert torch.equal(got.long(), want)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
