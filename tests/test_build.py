@@ -71,17 +71,33 @@ def test_library_asks_the_loader_only_for_the_stable_interface(library):
     assert b"sm_90a" in library.read_bytes()
 
 
-@needs_nvcc
-def test_forward_moves_sixteen_bytes_at_a_time(cache):
+def functions_of(name):
+    """The machine code of a source's kernels for sm_90a, one string each, its name first."""
     tool = shutil.which("cuobjdump")
     if tool is None:
         triton = pytest.importorskip("triton", reason="needs cuobjdump, from CUDA or triton")
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    unit = next(u for u in _build._files(".cu") if u.name == "inst_bf16.cu")
+    unit = next(u for u in _build._files(".cu") if u.name == name)
     made, _ = _build.compile_unit(unit, ["90a"], _build.find_nvcc())
-    functions = output(tool, "-sass", made).split("Function : ")[1:]
+    return output(tool, "-sass", made).split("Function : ")[1:]
+
+
+@needs_nvcc
+def test_forward_moves_sixteen_bytes_at_a_time(cache):
+    functions = functions_of("inst_bf16.cu")
     names = [f for f in functions if "ForwardKernel" in f.split("\n")[0] and "LDG.E.128" in f]
     assert len(names) == 3 and all("STG.E.128" in f for f in names)  # widths 2, 3 and 4
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_w4a16_multiplies_on_tensor_cores(cache, dtype):
+    """Codes in 8-byte loads and x in 16-byte ones, block scales converted two at a time."""
+    functions = functions_of(f"w4a16_{dtype}.cu")
+    assert len(functions) == 3  # 8, 16 and 32 rows
+    for code in functions:
+        for word in (r"HMMA\.16816", r"LDG\.E\S+\.64", r"LDG\.E\.128", "HMUL2", r"F2FP\.F16\.E4M3"):
+            assert re.search(word, code), word
 
 
 @needs_nvcc

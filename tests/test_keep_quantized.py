@@ -1,12 +1,15 @@
 """Checkpoints whose quantised layers stay quantised in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_quantized_checkpoints import EXPERT, INPUT, LINEAR, SHAPES, mixed, plain, quantise, write
 
 from nemokernels import moe_experts, moe_route, testing
 from nemokernels.models import CheckpointError, exact, from_pretrained, generate, save_pretrained
-from nemokernels.models.kept import KeptExperts, NVFP4Linear
+from nemokernels.models.kept import KeptExperts, NVFP4Linear, keep
+from nemokernels.models.linear import Linear
 
 TOKENS = torch.arange(21).reshape(1, 21) % 48
 EXPERTS = [module for module in LINEAR if ".experts." in module]
@@ -72,7 +75,9 @@ def test_generation_and_exact_mode(tmp_path):
 
 def test_fp8_experts(tmp_path):
     """W8A8: the layer is that of moe_experts with the checkpoint's own parts; the rest is dense."""
-    folder = folder_of(tmp_path, dict.fromkeys([*EXPERTS, INPUT], "FP8"))
+    largest = "backbone.layers.1.mixer.experts.1.up_proj.input_scale"
+    changes = {largest: torch.tensor(3.5)}
+    folder = folder_of(tmp_path, dict.fromkeys([*EXPERTS, INPUT], "FP8"), **changes)
     kept, wide = (from_pretrained(folder, keep_quantized=k) for k in (True, False))
     assert kept.quantization.kept == frozenset(EXPERTS)
     held, dense = (m.backbone.layers[1].mixer.experts for m in (kept, wide))
@@ -84,8 +89,7 @@ def test_fp8_experts(tmp_path):
         for q, leaf in ((up, "up_proj"), (down, "down_proj")):
             value = (q.values[e].float() * q.scale[e]).bfloat16()
             assert torch.equal(value, getattr(dense, leaf)[e])
-    largest = max(scales[f"backbone.layers.1.mixer.experts.{e}.up_proj"] for e in (0, 1))
-    assert up.input_scale == torch.tensor(largest)
+    assert up.input_scale == 3.5
     mixer, x = kept.backbone.layers[1].mixer, torch.randn(9, 16).bfloat16()
     kept.half()
     assert mixer.experts.up_proj.values.dtype == torch.float8_e4m3fn
@@ -109,14 +113,24 @@ def test_mixed_experts_are_dequantised(tmp_path, layers):
         assert torch.equal(kept.state_dict()[name], value)
 
 
-def test_fp8_experts_without_activation_scales_are_dequantised(tmp_path):
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.0)])
+def test_fp8_experts_without_activation_scales_are_dequantised(tmp_path, scale):
     values = plain()
     for module in EXPERTS:
         quantise(values, module, "FP8")
-    del values[f"{EXPERT}.input_scale"]
+    values[f"{EXPERT}.input_scale"] = scale
+    if scale is None:
+        del values[f"{EXPERT}.input_scale"]
     folder = write(tmp_path / "a", values, mixed(dict.fromkeys(EXPERTS, "FP8")))
     kept = from_pretrained(folder, keep_quantized=True).quantization.kept
     assert kept == frozenset(m for m in EXPERTS if m.startswith("mtp"))
+
+
+def test_a_layer_with_a_bias_is_dequantised():
+    model = torch.nn.ModuleDict({"up_proj": Linear(16, 16, bias=True)})
+    source = SimpleNamespace(target="up_proj.weight", algorithm="NVFP4")
+    assert keep(model, [source], None, torch.device("cpu"), torch.float32) == set()
+    assert isinstance(model["up_proj"], Linear)
 
 
 def test_a_model_that_is_not_quantised_loads_as_ever(tmp_path):

@@ -36,8 +36,8 @@ def test_against_the_reference(tokens, width, hidden, per_row):
 
 
 def test_nan_saturation_and_repeats():
-    (up, down), route = make(4, 128, 256), route_of(64, 4, 2)
-    x = torch.randn(64, 128).bfloat16()
+    (up, down), route = make(4, 48, 80), route_of(64, 4, 2)
+    x = torch.randn(64, 48).bfloat16()
     x[3], x[5] = torch.nan, 1e6
     args = x.cuda(), move(up), move(down), Route(*(t.cuda() for t in route))
     got, again = moe_experts(*args), moe_experts(*args)

@@ -96,3 +96,19 @@ def test_repeats_and_graph(backend):
         run = lambda: (moe_experts(x, up, down, route),)  # noqa: E731
         first = run()
         assert on_gpu.same_bits(first, run()) and on_gpu.same_bits(first, on_gpu.replay(run))
+
+
+@pytest.mark.parametrize("backend", ["triton", "csrc"])
+def test_nan_stays_in_its_token(backend):
+    x = torch.randn(9, 64).bfloat16()
+    x[4] = torch.nan
+    up, down, route = (
+        weight_of(3, 48, 64),
+        weight_of(3, 64, 48),
+        moe_route(torch.randn(9, 3), top_k=2),
+    )
+    want = moe_experts(x, up, down, route)
+    with use_backend("w4a16", backend):
+        got = moe_experts(x.cuda(), move(up, "cuda"), move(down, "cuda"),
+                          Route(*(t.cuda() for t in route)))  # fmt: skip
+    assert torch.equal(got.cpu().isnan(), want.isnan()) and want[4].isnan().all()

@@ -125,11 +125,14 @@ def test_strides(tile, tma):
 
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("where", ["x", "up", "down", "dy"])
+@pytest.mark.parametrize("where", ["x", "up", "down", "down turned", "dy"])
 def test_a_nan_stays_where_it_belongs(where, tile, tma):
     args, dy = make(20, 5, 2, 24, 40, chosen=torch.tensor([[1, 2], [3, 4]]).repeat(10, 1))
     x, up, down = args[:3]
-    {"x": x[3], "up": up[2], "down": down[2], "dy": dy[3]}[where].fill_(torch.nan)
+    if where == "down turned":  # a block that ends behind an expert's rows meets the next one's
+        down = down.mT.contiguous().mT
+        args = (x, up, down, *args[3:])
+    {"x": x[3], "up": up[2], "down": down[2], "dy": dy[3]}[where.split()[0]].fill_(torch.nan)
     got, want = run(args, dy, small(tile, tma)), run(args, dy, (), ref)
     for name, a, b in zip(NAMES, got, want):
         assert torch.equal(a.isnan(), b.isnan()), name

@@ -143,8 +143,14 @@ def test_nan_stays_where_it_belongs():
 
 
 def test_a_route_that_is_none_stays_in_bounds():
-    x, *rest, weights, _, _ = make(4, 2, 2, 32, 32)
+    """Slots out of range and offsets behind the end: nothing is written there."""
+    weight, x = quantized(2, 32, 32), torch.randn(8, 32)
     order = torch.tensor([0, -7, 99, 3, 1, 2, 5, 6], dtype=torch.int32)
     offsets = torch.tensor([3, 900], dtype=torch.int32)
-    args = (x, *rest, weights, offsets, order)
-    assert kernel.experts(*args, config=config("small")).shape == (4, 32)
+    for part in ("up", "slots"):
+        around = torch.full((40, 32), -5.0)
+        table = kernel._Table(offsets, order, 2, config("small"))
+        kernel._product(x, weight, around[16:24], part, config("small"), table)
+        assert (around[:16] == -5).all() and (around[24:] == -5).all()
+        reached = [0, 1, 2, 3, 5, 6] if part == "slots" else [0, 3, 4, 5, 6, 7]
+        assert (around[16:24] != -5).any(1).nonzero().flatten().tolist() == reached
