@@ -57,28 +57,6 @@ def add_up(rows, x, weights, order):
     return total.index_add_(0, order.long() // weights.shape[1], scaled).to(x.dtype)
 
 
-def in_fp8(make, weight, input_scale):
-    scale = weight.abs().amax((1, 2)).float() / 448
-    values = (weight / scale[:, None, None]).to(torch.float8_e4m3fn)
-    return FP8Experts(values, scale, make.tensor(input_scale, torch.float32))
-
-
-def inputs_fp8(make, T, X, F, E, k):
-    args = inputs(make, T, X, F, E, k)
-    dense = args.pop("up"), args.pop("down")
-    # Scales that fill E4M3 with five sigma of x, and with twenty-five of its hidden rows.
-    scales = 5 / 448, [25 / 448] * E
-    return dict(args, eight=tuple(in_fp8(make, *pair) for pair in zip(dense, scales)), dense=dense)
-
-
-def ours_fp8(x, eight, dense, **route):
-    return moe_experts(x, *eight, as_route(**route))
-
-
-def eager_fp8(x, eight, dense, **route):
-    return eager(x, *dense, **route)
-
-
 def sonic_moe():
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs as peer
@@ -177,12 +155,6 @@ EIGHT = Subject(
 )  # fmt: skip
 
 
-FP8 = Subject(
-    "moe_experts", "moe_experts in FP8", inputs=inputs_fp8, ours=ours_fp8, eager=eager_fp8,
-    kept=("eight", "dense"), tiny=dict(T=5, X=16, F=32, E=6, k=2),
-)  # fmt: skip
-
-
 def sizes(short: str) -> dict[str, int]:
     """X, F, E and k of a model's routed experts."""
     c = model(short)
@@ -200,11 +172,6 @@ for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (1, 64, 163
         counted = T, shape["X"], shape["F"], shape["k"], used, 2, "bfloat16"
         ROWS.append(FORWARD.row(f"{short} {T}", cost=cost.forward(*counted), goal=goals.get(T),
                                 quick=short == "nano3" and T != 1024, **shape))  # fmt: skip
-        if (short, T) in (("nano3", 16384), ("nano3", 64)):
-            counted = T, shape["X"], shape["F"], shape["k"], used, 2, "float8_e4m3fn", 1
-            ROWS.append(FP8.row(f"{short} {T}", cost=cost.forward(*counted), quick=T == 16384,
-                                goal=0.60 if T == 16384 else None, **shape))  # fmt: skip
-            counted = (*counted[:6], "bfloat16")
         if (short, T) in (("nano3", 16384), ("nano3", 1024)):
             ROWS.append(BACKWARD.row(f"{short} {T}", "backward", cost=cost.backward(*counted),
                                      quick=T == 16384, **shape))  # fmt: skip
