@@ -56,7 +56,7 @@ def test_lengths(queries, keys, blocks):
 @pytest.mark.parametrize(
     "window, global_tokens, slopes",
     [(1, 0, False), (7, 0, True), (16, 20, False), (33, 3, True), (50, 40, False), (70, 70, True),
-     (200, 0, False), (None, 3, True), (40, 1, False)],
+     (200, 0, False), (None, 3, True), (40, 1, False), (47, 2, True)],
 )  # fmt: skip
 @pytest.mark.parametrize("queries, keys, blocks", [(100, 100, (32, 16)), (60, 90, (16, 32))])
 def test_windows(window, global_tokens, slopes, queries, keys, blocks):
