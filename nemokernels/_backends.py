@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +11,7 @@ from nemokernels import _selftest
 from nemokernels._registry import FAMILIES
 
 REFERENCE = "reference"
-_forced: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("forced")
+_forced: dict[str, str] = {}  # the process's: autograd runs a GPU's backward in its own thread
 
 
 def default_device() -> torch.device:
@@ -26,9 +25,8 @@ def usable(family: str, device: torch.device) -> tuple[str, ...]:
     The order is preference; the reference is always last. Inside :func:`use_backend` only the
     backend asked for is returned.
     """
-    forced = _forced.get({})
-    if family in forced:
-        return (forced[family],)
+    if family in _forced:
+        return (_forced[family],)
     proven = [
         name
         for name, reason in FAMILIES[family].backends.items()
@@ -61,6 +59,8 @@ def backends(device: torch.device | str | None = None) -> dict[str, dict]:
 def use_backend(family: str, name: str, device: torch.device | str | None = None) -> Iterator[None]:
     """Use exactly this backend of ``family`` inside the block, for tests, the bench and debugging.
 
+    It holds for all threads of the process: a backward on a GPU runs in one of autograd's.
+
     Raises:
         ValueError: no such family or backend.
         RuntimeError: the backend cannot run on ``device`` (default: the current one); the message
@@ -76,8 +76,12 @@ def use_backend(family: str, name: str, device: torch.device | str | None = None
     why = None if name == REFERENCE else known[name](device)
     if why is not None:
         raise RuntimeError(f"backend {name!r} of op {family!r} cannot run on {device}: {why}")
-    token = _forced.set({**_forced.get({}), family: name})
+    before = _forced.get(family)
+    _forced[family] = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        if before is None:
+            del _forced[family]
+        else:
+            _forced[family] = before

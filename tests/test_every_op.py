@@ -1,12 +1,14 @@
 """The contract every registered operator keeps, checked on its own example."""
 
+import threading
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import nemokernels  # noqa: F401  (registers the operators)
-from nemokernels import _selftest
+from nemokernels import _backends, _selftest, use_backend
 from nemokernels._registry import FAMILIES
 
 OPERATORS = {
@@ -137,3 +139,22 @@ def test_operators_without_gradient_refuse_it(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_selftest_passes_with_reference(family):
     assert _selftest.run(family, "reference", CPU) == "passed"
+
+
+def test_a_forced_backend_holds_in_autograds_threads():
+    """A GPU's backward runs in a thread of its own; leaving the block restores what was before."""
+
+    def seen():
+        found = []
+        thread = threading.Thread(target=lambda: found.append(_backends.usable("relu2", CPU)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before = dict(_backends._forced)
+    with use_backend("relu2", "reference", CPU):
+        _backends._forced["relu2"] = "triton"  # as an outer block would have set it
+        with use_backend("relu2", "reference", CPU):
+            assert seen() == ("reference",)
+        assert seen() == ("triton",)
+    assert _backends._forced == before
