@@ -46,10 +46,38 @@ def test_probabilities_must_sum_to_one_where_they_are_used():
     probs = torch.full((2, 2, 5), 0.2)
     probs[1, 1] *= 1.5
     extra = dict(draft_probs=probs, temperature=torch.tensor([1.0, 0.5]))
-    with pytest.raises(ValueError, match="`draft_probs` sums to 1.5 at request 1, draft 1"):
+    with pytest.raises(
+        ValueError, match=r"`draft_probs.sum\(-1\)` is 1.5 at request 1, draft 1, expected 1"
+    ):
         mtp_verify(LOGITS, DRAFTS, **extra)
     mtp_verify(LOGITS, DRAFTS, draft_lengths=torch.tensor([2, 1]), **extra)
     mtp_verify(LOGITS, DRAFTS, draft_probs=probs, temperature=torch.tensor([1.0, 0.0]))
     probs[1, 1] = torch.nan
-    with pytest.raises(ValueError, match="`draft_probs` sums to nan"):
+    with pytest.raises(ValueError, match=r"`draft_probs.sum\(-1\)` is nan"):
         mtp_verify(LOGITS, DRAFTS, **extra)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(drafts=torch.tensor([[1, 2], [3, 7]])), "`drafts` is 7 at request 1, draft 1, .* 6"),
+        (dict(drafts=torch.tensor([[-1, 2], [3, 4]])), "`drafts` is -1 at request 0, draft 0"),
+        (dict(top_p=torch.tensor([0.5, 0.0])), "`top_p` is 0 at request 1, expected in"),
+        (dict(top_p=torch.tensor([1.5, 1.0])), "`top_p` is 1.5 at request 0"),
+        (dict(top_p=torch.tensor([1.0, float("nan")])), "`top_p` is nan at request 1"),
+        (dict(top_k=torch.tensor([2, -1])), "`top_k` is -1 at request 1"),
+        (dict(temperature=torch.tensor([-0.5, 1.0])), "`temperature` is -0.5 at request 0"),
+        (dict(temperature=torch.tensor([0.5, float("inf")])), "`temperature` is inf at request 1"),
+    ],
+)
+def test_values_of_tensors_on_the_host(change, message):
+    good = dict(logits=torch.zeros(2, 3, 7), drafts=torch.ones(2, 2).long(), temperature=1.0)
+    mtp_verify(**good)
+    with pytest.raises(ValueError, match=message):
+        mtp_verify(**{**good, **change})
+
+
+def test_drafts_past_their_length_may_be_anything():
+    lengths = torch.tensor([1, -1])
+    drafts = torch.tensor([[1, 99], [-7, 99]])
+    mtp_verify(torch.zeros(2, 3, 7), drafts, draft_lengths=lengths)

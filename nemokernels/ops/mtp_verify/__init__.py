@@ -72,7 +72,7 @@ def mtp_verify(
 
     A row with a NaN or +inf, or with nothing but -inf, has no distribution: its draft is rejected
     and a next token from it is -1. Rows past ``draft_lengths`` and other requests are not
-    affected. A draft outside [0, V) is never accepted; p itself is then drawn from.
+    affected. On a device a draft outside [0, V) is never accepted, and p itself is drawn from.
 
     Args:
         logits: (B, K + 1, V), float32, bfloat16, float16 or float64, any strides. -inf excludes.
@@ -93,7 +93,8 @@ def mtp_verify(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. Of
-            tensors' values only sums of draft_probs are checked, and only on the CPU.
+            values in tensors, drafts, knobs and sums of draft_probs are checked on the CPU; a
+            device is not waited for.
 
     Source: Leviathan et al., "Fast inference from transformers via speculative decoding", 2023;
     Chen et al., "Accelerating large language model decoding with speculative sampling", 2023.

@@ -45,10 +45,10 @@ def forward(
     in_vocab = (drafts >= 0) & (drafts < vocab)
     index = drafts.clamp(0, vocab - 1)
 
+    if logits.device.type == "cpu":
+        _check_values(drafts, live, vocab, draft_probs, temperature, top_k, top_p)
     keep, p = live & (drafts == best[:, :-1]), None
     if temperature is not None:
-        if draft_probs is not None and logits.device.type == "cpu":
-            _check_sums(draft_probs, live & (temperature > 0)[:, None])
         p = target(wide, peak, temperature.to(wide.dtype), top_k, top_p)
         p_draft = p[:, :-1].gather(2, index[..., None])[..., 0]
         q_draft = torch.ones_like(p_draft)
@@ -80,13 +80,31 @@ def forward(
     return accepted.int(), token, logprobs
 
 
-def _check_sums(draft_probs: torch.Tensor, used: torch.Tensor) -> None:
-    sums = draft_probs.sum(-1, dtype=acc_dtype(draft_probs))
-    wrong = (used & ~((sums - 1.0).abs() <= SLACK)).nonzero()
-    if len(wrong):
-        b, j = wrong[0].tolist()
-        check("mtp_verify", False, f"`draft_probs` sums to {sums[b, j].item():g} at request {b}, "
-              f"draft {j}, expected 1")  # fmt: skip
+def _check_values(drafts, live, vocab, draft_probs, temperature, top_k, top_p) -> None:
+    """What the host can only know where the tensors' values are at hand."""
+    _refuse("drafts", drafts, live & ((drafts < 0) | (drafts >= vocab)), f"from 0 to {vocab - 1}")
+    if temperature is None:
+        return
+    for name, value, good, wanted in (
+        ("temperature", temperature, lambda t: (t >= 0) & t.isfinite(), "finite and not negative"),
+        ("top_k", top_k, lambda k: k >= 0, "at least 0"),
+        ("top_p", top_p, lambda p: (p > 0) & (p <= 1), "in (0, 1]"),
+    ):
+        if value is not None:
+            _refuse(name, value, ~good(value), wanted)
+    if draft_probs is not None:
+        sums = draft_probs.sum(-1, dtype=acc_dtype(draft_probs))
+        used = live & (temperature > 0)[:, None]
+        _refuse("draft_probs.sum(-1)", sums, used & ~((sums - 1.0).abs() <= SLACK), "1")
+
+
+def _refuse(name: str, value: torch.Tensor, wrong: torch.Tensor, wanted: str) -> None:
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        place = ", ".join(f"{what} {i}" for what, i in zip(("request", "draft"), at))
+        check(
+            "mtp_verify", False, f"`{name}` is {value[at].item():g} at {place}, expected {wanted}"
+        )
 
 
 def target(
