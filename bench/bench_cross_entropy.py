@@ -43,7 +43,7 @@ WITH_PEERS = subject(liger=liger, cut_cross_entropy=cut_cross_entropy)
 ALONE = subject()
 
 ROWS = []
-for short in ("nano3", "super3"):
+for short in ("nano3", "super3", "minitron8b"):
     shape = dict(T=8192, D=model(short).hidden_size, V=model(short).vocab_size)
     for way in ("forward", "backward", "both"):
         counted = getattr(cost, way)(**shape, itemsize=2, unit="bfloat16")

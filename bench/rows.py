@@ -31,6 +31,7 @@ MODELS = {
     "h8b": "Nemotron-H 8B",
     "h56b": "Nemotron-H 56B",
     "nano4b": "Nemotron 3 Nano 4B",
+    "minitron8b": "Minitron 8B",
 }
 
 

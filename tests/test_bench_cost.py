@@ -156,9 +156,12 @@ def test_attention_by_hand():
     backward = attention.backward(2, 3, 4, 2, 5, **BF16)
     assert backward.bytes == 2 * forward.bytes and backward.flops == 2.5 * forward.flops
     # 2 new tokens after 3: caches of 3 read; q and out 2 x 4, k and v 2 x 2 read and written.
-    cached = attention.with_cache(2, 2, 3, 4, 2, 5, **BF16)
+    cached = attention.with_cache(2, 2, 3, 4, 2, 5, cache_itemsize=2, **BF16)
     assert cached.bytes == 2 * 2 * 5 * (2 * 3 * 2 + 2 * 2 * 4 + 2 * 2 * 2 * 2)
     assert cached.flops == 2 * 4 * 9 * 4 * 5
+    # Of an E4M3 cache the 2 x 5 rows of 2 heads, read or written, have half the bytes.
+    narrow = attention.with_cache(2, 2, 3, 4, 2, 5, cache_itemsize=1, **BF16)
+    assert narrow.bytes == cached.bytes - 2 * 2 * 5 * 2 * 5
 
 
 def test_goals_of_the_scan_are_those_of_its_milliseconds():

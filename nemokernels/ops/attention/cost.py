@@ -20,7 +20,10 @@ def backward(B: int, T: int, H: int, KV: int, D: int, itemsize: int, unit: str) 
     return Cost(4 * B * T * (H + KV) * D * itemsize, 10 * B * H * D * pairs(T, T), unit)
 
 
-def with_cache(B: int, T: int, S: int, H: int, KV: int, D: int, itemsize: int, unit: str) -> Cost:
-    """T new tokens after S in the cache: the cache read; q, k, v read; k, v and out written."""
-    moved = B * (2 * S * KV + 2 * T * H + 4 * T * KV) * D * itemsize
+def with_cache(
+    B: int, T: int, S: int, H: int, KV: int, D: int, cache_itemsize: int, itemsize: int, unit: str
+) -> Cost:
+    """T new tokens after S in the cache: the cache read, k and v written to it; q, k, v read; out
+    written."""
+    moved = B * D * (2 * (S + T) * KV * cache_itemsize + 2 * T * (H + KV) * itemsize)
     return Cost(moved, 4 * B * H * D * pairs(T, S + T), unit)
