@@ -16,7 +16,7 @@ from torch import nn
 from nemokernels import relu2
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.decoder_config import DecoderConfig
-from nemokernels.models.linear import Linear, TiedHead, row_by_row
+from nemokernels.models.linear import Linear, head, row_by_row
 from nemokernels.models.norms import LayerNorm1P, RMSNorm, normed_sum
 from nemokernels.models.runs import Run
 
@@ -174,10 +174,7 @@ class Decoder(CausalLM):
         kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config = config
         self.model = Backbone(config, **kwargs)
-        if config.tie_word_embeddings:
-            self.lm_head = TiedHead(self.model.embed_tokens)
-        else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
+        self.lm_head = head(config, self.model.embed_tokens, **kwargs)
         self.mtp = None
 
     @property

@@ -15,7 +15,7 @@ from torch import nn
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.decoder import FFN, Rope, rope_table, rotate
 from nemokernels.models.hymba_config import HymbaConfig
-from nemokernels.models.linear import Linear, TiedHead
+from nemokernels.models.linear import Linear, head
 from nemokernels.models.mamba1 import SelectiveScan
 from nemokernels.models.norms import RMSNorm, normed_sum
 from nemokernels.models.runs import Prefill, Run
@@ -135,10 +135,7 @@ class Hymba(CausalLM):
         kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config = config
         self.model = Backbone(config, **kwargs)
-        if config.tie_word_embeddings:
-            self.lm_head = TiedHead(self.model.embed_tokens)
-        else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
+        self.lm_head = head(config, self.model.embed_tokens, **kwargs)
         self.mtp = None
 
     @property

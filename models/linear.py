@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Linear", "TiedHead", "exact", "is_exact", "linear", "row_by_row"]
+__all__ = ["Linear", "TiedHead", "exact", "head", "is_exact", "linear", "row_by_row"]
 
 
 class _Mode(threading.local):
@@ -86,3 +86,10 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight)
+
+
+def head(config, embeddings: nn.Embedding, **kwargs) -> nn.Module:
+    """The language model's head: tied to the embeddings where the config says so."""
+    if config.tie_word_embeddings:
+        return TiedHead(embeddings)
+    return Linear(config.hidden_size, config.vocab_size, **kwargs)

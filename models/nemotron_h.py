@@ -12,7 +12,7 @@ from nemokernels._checks import check, check_tensor
 from nemokernels._registry import acc_dtype
 from nemokernels.models.causal_lm import INTEGERS, CausalLM
 from nemokernels.models.config import NemotronHConfig
-from nemokernels.models.linear import Linear, TiedHead
+from nemokernels.models.linear import Linear, head
 from nemokernels.models.mamba1 import Mamba1
 from nemokernels.models.mamba_config import MambaConfig
 from nemokernels.models.mixers import MLP, Attention, Mamba2, MoE
@@ -121,10 +121,7 @@ class NemotronH(CausalLM):
         kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config = config
         self.backbone = Backbone(config, **kwargs)
-        if config.tie_word_embeddings:
-            self.lm_head = TiedHead(self.backbone.embeddings)
-        else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, **kwargs)
+        self.lm_head = head(config, self.backbone.embeddings, **kwargs)
         self.mtp = MTP(config, **kwargs) if config.mtp_pattern else None
 
     @property

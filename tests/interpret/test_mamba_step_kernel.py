@@ -6,6 +6,7 @@ import torch
 
 from nemokernels import testing
 from nemokernels.ops.mamba_step import kernel, op, ref
+from nemokernels.ops.state_update import op as state_update
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -16,7 +17,7 @@ def compare(problem, block_p=None):
     low, want = ref.forward(*plain.args()), ref.forward(*exact.args())
     rows, (H, P, N) = native.xBC.shape[0], native.ssm_state.shape[2:]
     config = op.plan(rows, H, P, N, native.ssm_state.dtype, "", ("triton",), 2)
-    config = op.Config("triton", block_p, config.block_n, 1) if block_p else config
+    config = state_update.Config("triton", block_p, config.block_n, 1) if block_p else config
     y = kernel.step(*native.args(), config)
     assert y.dtype == low.dtype and y.is_contiguous()
     testing.assert_matches(y, want, low, "y")

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from nemokernels import _backends, _triton
 from nemokernels._registry import family, reference_on_cuda, register
 from nemokernels.ops.mamba_step import ref
-from nemokernels.ops.state_update.op import WIDEST, Config, blocks
+from nemokernels.ops.state_update import op as state_update
 
 FAMILY = family("mamba_step", {"triton": _triton.reason})
 
 
-def plan(
-    rows: int,
-    H: int,
-    P: int,
-    N: int,
-    dtype: torch.dtype,
-    unsupported: str,
-    backends: tuple[str, ...],
-    processors: int,
-) -> Config:
-    """The configuration for so many rows and states of ``dtype``; ``unsupported`` bars Triton.
-
-    Raises:
-        RuntimeError: none of ``backends`` takes the problem.
-    """
-    if not unsupported and N > WIDEST:
-        unsupported = f"the Triton kernel takes state sizes up to {WIDEST}, got {N}"
-    if _triton.needs_reference(FAMILY.name, unsupported, backends):
-        return Config("reference", reason=unsupported)
-    return blocks(rows, H, P, N, dtype, processors)
+# As for selective_state_update: the same states are cut into the same programs.
+plan = functools.partial(state_update.plan, op=FAMILY.name)
 
 
 def _cuda(xBC, dt, z, conv_state, ssm_state, *rest):

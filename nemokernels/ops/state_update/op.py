@@ -37,27 +37,20 @@ def plan(
     unsupported: str,
     backends: tuple[str, ...],
     processors: int,
+    op: str = FAMILY.name,
 ) -> Config:
     """The configuration for so many sequences and states of ``dtype``.
 
-    ``unsupported`` says what bars Triton.
+    ``unsupported`` says what bars Triton; 64 bytes of state per thread are in flight, and P is
+    split until every multiprocessor has two programs. Not measured. ``op`` names who asks.
 
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
     if not unsupported and N > WIDEST:
         unsupported = f"the Triton kernel takes state sizes up to {WIDEST}, got {N}"
-    if _triton.needs_reference(FAMILY.name, unsupported, backends):
+    if _triton.needs_reference(op, unsupported, backends):
         return Config("reference", reason=unsupported)
-    return blocks(sequences, H, P, N, dtype, processors)
-
-
-def blocks(sequences: int, H: int, P: int, N: int, dtype: torch.dtype, processors: int) -> Config:
-    """How the states of a call are cut into programs.
-
-    64 bytes of state per thread are in flight; P is split until every multiprocessor has two
-    programs. Not measured.
-    """
     block_n = max(_triton.next_power_of_2(N), 8)
     per_thread = 64 // dtype.itemsize
     block_p = min(_triton.next_power_of_2(P), max(4 * 32 * per_thread // block_n, 1))
