@@ -220,7 +220,7 @@ def convert_to_fp8(
     number, left_out = next(_models), {}
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
-            left_out[name] = "expert weights: there is no grouped FP8 product"
+            left_out[name] = "expert weights: their FP8 products have no gradient"
         if not isinstance(module, Linear):
             continue
         n, k = module.weight.shape

@@ -1,11 +1,9 @@
 """FP8 in the trainer: sharded over gloo the scales are those of one process; checkpoints; CLI."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fp8_worker
+import on_ranks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,11 +17,7 @@ WORKER = Path(fp8_worker.__file__)
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
-    command += [str(WORKER), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_ranks.torchrun(WORKER, 4, folder)
     return folder
 
 
