@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job: train, save, load, generate
 # make test   install into .venv and run the tests
+# make csrc-all  compile csrc/ for every architecture and look at the machine code; needs nvcc
 # make gpu    on a machine with a GPU: self-tests, GPU tests and the bench, results in gpu-run/
 # The first two work on a machine without a GPU and use one where there is one.
 
@@ -8,7 +9,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 DATA ?=
 ARGS ?=
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test csrc-all gpu lint clean
 
 demo: .venv/installed
 	.venv/bin/nemokernels demo $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -18,6 +19,10 @@ test: .venv/installed-test
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal tests/interpret
+
+csrc-all: .venv/installed-test
+	.venv/bin/nemokernels build 90a 100a 120a
+	.venv/bin/python -m pytest -q -m all_of_csrc
 
 gpu: .venv/installed-test
 	.ci/gpu gpu-run
@@ -31,6 +36,7 @@ clean:
 
 # torch first, and on a machine without an NVIDIA driver its CPU build only: the default build pulls
 # gigabytes of CUDA libraries. The configured index may offer that build; pytorch.org does.
+# Of nvidia-cutlass the headers alone: what it depends on serves its Python code.
 .venv/torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -39,6 +45,7 @@ clean:
 	  $(PIP) install "torch==$$v+cpu" 2>/dev/null || \
 	  $(PIP) install --index-url https://download.pytorch.org/whl/cpu "torch==$$v+cpu"; fi
 	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
+	$(PIP) install -c constraints.txt --no-deps nvidia-cutlass
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml setup.py

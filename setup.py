@@ -35,6 +35,8 @@ def choose_archs(build) -> list[str]:
         missing = "there is no nvcc on PATH or under CUDA_HOME"
     elif not asked and not build.local_archs():
         missing = "there is no supported GPU here and NEMOKERNELS_CUDA_ARCHS is not set"
+    elif build.needs_cutlass(asked or build.local_archs()):
+        missing = "CUTLASS's headers are not installed (pip install --no-deps nvidia-cutlass)"
     else:
         return asked or build.local_archs()
     if asked:

@@ -2,7 +2,8 @@
 
 Measured in every run, before and after the rows; the better of the two is what a floor is made
 from. ``float32`` products may use TF32, ``float8_e4m3fn`` is torch's scaled product with fast
-accumulation: the fastest that a kernel with such operands could use.
+accumulation, ``float4_e2m1fn_x2`` the one of NVFP4 operands: the fastest that a kernel with such
+operands could use.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from nemokernels.bench.rows import unit
 
 COPY_BYTES = 1 << 30  # read, and as many written
 SIZE = 8192
-FP8 = torch.float8_e4m3fn
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
+FP8, FP4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8, FP4)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def calibrate(clock: Clock, *, copy_bytes: int = COPY_BYTES, size: int = SIZE) -
             try:
                 product()
                 functions[unit(dtype)] = product
-            except (RuntimeError, NotImplementedError) as error:
+            except (RuntimeError, NotImplementedError, ValueError) as error:
                 missing[unit(dtype)] = str(error).splitlines()[0]
         row = SimpleNamespace(way="forward")
         runners = {k: clock.ready(Task(f, row, {}), None) for k, f in functions.items()}
@@ -65,6 +66,13 @@ def calibrate(clock: Clock, *, copy_bytes: int = COPY_BYTES, size: int = SIZE) -
 
 
 def _product(dtype: torch.dtype, size: int, device: torch.device):
+    if dtype is FP4:
+        codes = torch.randint(256, (2, size, size // 2), dtype=torch.uint8, device=device)
+        a, b = codes.view(FP4)
+        ones = torch.ones(size * size // 16, device=device).to(FP8)  # in any order
+        return lambda: torch._scaled_mm(
+            a, b.t(), scale_a=ones, scale_b=ones, out_dtype=torch.bfloat16
+        )
     # Random numbers: a product of zeros takes less power and runs at a higher clock rate.
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     if dtype is not FP8:

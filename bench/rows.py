@@ -99,6 +99,7 @@ class Subject:
         wrt: inputs that gradients are taken of, through the first result.
         exact: computes what ``ours`` does with bounded memory, for the float64 reference.
         mutates: inputs that are written in place.
+        needs: why it cannot be measured on a device; None if it can.
         kept: inputs that the float64 reference takes as they are, such as scales.
     """
 
@@ -112,6 +113,7 @@ class Subject:
     wrt: tuple[str, ...] = ()
     exact: Callable | None = None
     mutates: tuple[str, ...] = ()
+    needs: Callable[[torch.device], str | None] = lambda device: None
     kept: tuple[str, ...] = ()
 
     def row(

@@ -60,6 +60,10 @@ def run(
         if late:
             record["not_measured"] = f"{minutes:g} minutes were over"
             continue
+        if why := row.subject.needs(clock.device):
+            record["not_measured"] = why
+            say(line(record))
+            continue
         record |= contest(row, clock, before, with_peers=with_peers)
         place(record, row, before)
         say(line(record))
@@ -182,6 +186,8 @@ def line(record: dict) -> str:
     """One line of progress."""
     if "failed" in record:
         return f"{record['id']}: {record['failed']}"
+    if "not_measured" in record:
+        return f"{record['id']}: not measured: {record['not_measured']}"
     times = (f"{e['name']} {e['median'] * 1e3:.4g} ms" for e in record["entries"] if "median" in e)
     return f"{record['id']}: {', '.join(times)}"
 

@@ -31,16 +31,19 @@ from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_cor
 from nemokernels.ops.mtp_verify import Verdict, mtp_verify
 from nemokernels.ops.nvfp4 import (
     NVFP4,
+    SwizzledNVFP4,
     dequantize_nvfp4,
     hadamard16,
     pack_e2m1,
     quantize_nvfp4,
     quantize_nvfp4_pair,
     quantize_nvfp4_weight,
+    swizzle_nvfp4,
     swizzle_scales,
     unpack_e2m1,
     unswizzle_scales,
 )
+from nemokernels.ops.nvfp4_gemm import NVFP4Experts
 from nemokernels.ops.relu2 import relu2
 from nemokernels.ops.rms_norm import rms_norm
 from nemokernels.ops.selective_scan import selective_scan_fn
@@ -56,7 +59,9 @@ __all__ = [
     "Fp8Codes",
     "Fp8Normed",
     "NVFP4",
+    "NVFP4Experts",
     "Route",
+    "SwizzledNVFP4",
     "TiledNVFP4",
     "Verdict",
     "attention",
@@ -98,6 +103,7 @@ __all__ = [
     "rmsnorm_fn",
     "selective_scan_fn",
     "selective_state_update",
+    "swizzle_nvfp4",
     "swizzle_scales",
     "tile_nvfp4",
     "unpack_e2m1",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -49,6 +50,17 @@ def source_digest() -> str:
     return _digest(_files(".h", ".cuh", ".cu", ".cpp"), FLAGS)
 
 
+def own_arch(unit: Path) -> str | None:
+    """The one architecture that a source named ``*_sm100a.cu`` is for; None: for all of them."""
+    match = re.search(r"_sm(\w+)$", unit.stem)
+    return match and match.group(1)
+
+
+def units(archs: Sequence[str]) -> list[Path]:
+    """Sources to compile for these architectures."""
+    return [unit for unit in _files(".cu", ".cpp") if own_arch(unit) in (None, *archs)]
+
+
 def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(words).encode())
     for path in files:
@@ -61,6 +73,19 @@ def find_nvcc() -> str | None:
     """nvcc from ``CUDA_HOME``, else from PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def find_cutlass() -> Path | None:
+    """CUTLASS's headers, from the wheel nvidia-cutlass."""
+    found = importlib.util.find_spec("cutlass_library")  # finding a package runs none of it
+    if found is None:
+        return None
+    return Path(found.submodule_search_locations[0]) / "source" / "include"
+
+
+def needs_cutlass(archs: Sequence[str]) -> bool:
+    """Whether some source for these architectures includes CUTLASS, and its headers are absent."""
+    return find_cutlass() is None and any(own_arch(unit) for unit in units(archs))
 
 
 def local_archs() -> list[str]:
@@ -77,6 +102,7 @@ def build(
     archs: Sequence[str] | None = None,
     out: str | os.PathLike | None = None,
     verbose: bool = False,
+    jobs: int | None = None,
 ) -> Path:
     """Compile csrc/ and return the library's path; a library that is there already is kept.
 
@@ -84,10 +110,12 @@ def build(
         archs: for example ``["90a", "100a"]``; default: the GPUs of this machine.
         out: folder for the library; default: the user's cache, where the package looks.
         verbose: print the compiler's commands and what it says of registers and spills.
+        jobs: compilers at a time; default: as many as processors. One that reads CUTLASS takes up
+            to 6 GB of memory.
 
     Raises:
         ValueError: an architecture the sources are not meant for, or none given and no GPU here.
-        FileNotFoundError: no nvcc.
+        FileNotFoundError: no nvcc, or no CUTLASS headers where a source needs them.
         RuntimeError: the compiler failed; the message is what it printed.
     """
     archs = sorted(set(archs or local_archs()), key=lambda a: (len(a), a))
@@ -103,10 +131,14 @@ def build(
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("build: no nvcc on PATH or under CUDA_HOME; install CUDA 12.8+")
+    if needs_cutlass(archs):
+        raise FileNotFoundError(
+            "build: no CUTLASS headers; run `pip install --no-deps nvidia-cutlass`"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    units = _files(".cu", ".cpp")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda unit: compile_unit(unit, archs, nvcc, verbose)[0], units))
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        made = pool.map(lambda unit: compile_unit(unit, archs, nvcc, verbose)[0], units(archs))
+        objects = list(made)
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as work:
         library = Path(work) / target.name
         _link(objects, library, Path(work), nvcc, verbose)
@@ -121,8 +153,14 @@ def compile_unit(
     import torch  # only for where its headers are
 
     include = Path(torch.__file__).parent / "include"
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    own, headers = own_arch(unit), []
+    codes = [f"-DNEMO_SM{arch.upper()}" for arch in archs]  # whose sources are in the library
+    for arch in (own,) if own else archs:
+        codes.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
     words = [*FLAGS, *codes, torch.__version__, _run([nvcc, "--version"])]
+    if own:
+        headers = ["--expt-relaxed-constexpr", "-isystem", str(find_cutlass())]
+        words.append((find_cutlass() / "cutlass" / "version.h").read_text())
     name = f"{unit.stem}-{_digest([*_files('.h', '.cuh'), unit], words)}"
     target = cache_dir() / "objects" / f"{name}.o"
     report = target.with_suffix(".txt")
@@ -131,7 +169,7 @@ def compile_unit(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         made = Path(work) / target.name
-        command = [nvcc, *FLAGS, *codes, "-Xptxas", "-v", f"-I{source_dir()}",
+        command = [nvcc, *FLAGS, *codes, "-Xptxas", "-v", f"-I{source_dir()}", *headers,
                    "-isystem", str(include), "-c", str(unit), "-o", str(made)]  # fmt: skip
         said = _run(command, verbose)
         (Path(work) / report.name).write_text(said)
@@ -163,7 +201,7 @@ def build_host(out: str | os.PathLike) -> Path:
         return str(made)
 
     with tempfile.TemporaryDirectory(dir=out) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, _files(".cu", ".cpp")))
+        objects = list(pool.map(compile_one, units([])))
         made = Path(work) / target.name
         libraries = [f"-L{include.parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"]
         _run(["c++", *checks, "-shared", "-o", str(made), *objects, *libraries])

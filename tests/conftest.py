@@ -11,7 +11,12 @@ from nemokernels import _build, _ext, testing
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "all_of_csrc" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="a minute of compiling; `make csrc-all` does it")
+        for item in items:
+            if "all_of_csrc" in item.keywords:
+                item.add_marker(skip)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; none here")
@@ -31,6 +36,14 @@ def _poison():
     """torch.empty returns NaN in every test, so that an unwritten element is seen."""
     with testing.poisoned_empty():
         yield
+
+
+@pytest.fixture
+def build_cache(tmp_path_factory, monkeypatch):
+    """Compiled objects, shared by workers and runs: each is named by the hash of its inputs."""
+    folder = tmp_path_factory.getbasetemp().parent / "nemokernels-build"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from nemokernels.ops.moe_experts import cost as experts
 from nemokernels.ops.moe_route import cost as route
 from nemokernels.ops.mtp_verify import cost as verify
 from nemokernels.ops.nvfp4 import cost as nvfp4
+from nemokernels.ops.nvfp4_gemm import cost as nvfp4_gemm
 from nemokernels.ops.relu2 import cost as relu2
 from nemokernels.ops.rms_norm import cost as rms_norm
 from nemokernels.ops.selective_scan import cost as selective_scan
@@ -122,6 +123,8 @@ def test_small_ones_by_hand():
     assert fp8.linear_backward(2, 3, 4, 2).flops == 2 * 2 * 24
     assert w4a16.linear(2, 16, 4, **BF16).bytes == 64 + 16 + 32 + 4
     assert w4a16.linear(2, 16, 4, **BF16).flops == 2 * 2 * 16 * 4
+    assert nvfp4_gemm.linear(2, 16, 4).bytes == (32 + 64) * 9 / 16 + 8 * 2
+    assert nvfp4_gemm.linear(2, 16, 4).flops == 2 * 2 * 16 * 4
     # 2 rows of 3 tokens, 8 channels, 2 groups of states of 5: 16 bytes per token and vector.
     assert selective_scan.forward(2, 3, 8, 2, 5, 2).bytes == 6 * (4 * 16 + 2 * 20) + 4 * 2 * 40
     assert selective_scan.backward(2, 3, 8, 2, 5, 2).bytes == 6 * (7 * 16 + 4 * 20)
@@ -136,6 +139,8 @@ def test_experts_by_hand():
     assert forward.flops == 6 * 2 * 2 * 20
     narrow = w4a16.experts(3, 4, 5, 2, 3, **BF16)
     assert forward.bytes - narrow.bytes == 3 * 2 * 20 * (2 - 0.5625)
+    assert nvfp4_gemm.experts(3, 4, 5, 2, 3).bytes == narrow.bytes
+    assert nvfp4_gemm.experts(3, 4, 5, 2, 3).unit == "float4_e2m1fn_x2"
     backward = experts.backward(3, 4, 5, 2, 3, **BF16)
     assert backward.bytes == 3 * 24 + 6 * 5 * 2 + 4 * 3 * 20 * 2 + 4 * 6 * 4
     assert backward.flops == 2 * forward.flops

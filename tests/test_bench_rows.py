@@ -15,7 +15,7 @@ from nemokernels.bench.run import contestants
 ROWS = rows()
 CPU = torch.device("cpu")
 CEILINGS = 3.0e12, {"bfloat16": 784e12, "float16": 784e12, "float32": 400e12,
-                    "float8_e4m3fn": 1355e12}  # fmt: skip
+                    "float8_e4m3fn": 1355e12, "float4_e2m1fn_x2": 2710e12}  # fmt: skip
 
 
 def one_of_each():

@@ -79,6 +79,7 @@ def test_ceilings_from_times(monkeypatch):
         "float16",
         "float32",
         "float8_e4m3fn",
+        "float4_e2m1fn_x2",
     }
     assert found.gemm["bfloat16"] == 32**3
     assert torch.get_float32_matmul_precision() == "highest"
@@ -123,6 +124,14 @@ def test_a_wrong_row_has_no_time(on_a_card, monkeypatch):
     record = made["rows"][0]
     assert record["failed"].startswith("wrong: result 0: error") and record["entries"] == []
     assert clock.log == [] and "median" not in json.dumps(record)
+
+
+def test_a_row_this_device_cannot_run_says_why(on_a_card):
+    row, told, clock = tiny("nvfp4_gemm")[0], [], Clock()
+    record = run.run([row], clock, say=told.append)["rows"][0]
+    assert record["not_measured"] == "needs a CUDA device, this is cpu" and not record["entries"]
+    assert "floor" not in record and clock.log == []
+    assert f"{row.id}: not measured: needs a CUDA device, this is cpu" in told
 
 
 def test_a_row_that_crashes_does_not_stop_the_run(on_a_card):

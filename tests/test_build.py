@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -11,39 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine_code import functions_of, needs_nvcc, output
 
 from nemokernels import _build, _ext
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("csrc", "nemokernels", "models", "train", "bench", "setup.py", "pyproject.toml",
         "README.md", "LICENSE")  # fmt: skip
-needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="needs nvcc; none here")
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    """Compiled objects, shared by workers and runs: each is named by the hash of its inputs."""
-    folder = tmp_path_factory.getbasetemp().parent / "nemokernels-build"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
-
-
-@pytest.fixture
-def library(cache):
+def library(build_cache):
     return _build.build(["90a"])
-
-
-def output(*command, **kwargs):
-    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **kwargs}
-    done = subprocess.run(command, **kwargs)
-    assert done.returncode == 0, f"{command}\n{done.stdout}"
-    return done.stdout
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["90a", "100a"])
-def test_no_kernel_spills_registers(cache, arch):
-    units = _build._files(".cu")
+def test_no_kernel_spills_registers(build_cache, arch):
+    """Sources of one architecture alone have tests of their own."""
+    units = [u for u in _build._files(".cu") if _build.own_arch(u) is None]
     assert units
     for unit in units:
         made, report = _build.compile_unit(unit, [arch], _build.find_nvcc())
@@ -71,19 +56,8 @@ def test_library_asks_the_loader_only_for_the_stable_interface(library):
     assert b"sm_90a" in library.read_bytes()
 
 
-def functions_of(name):
-    """The machine code of a source's kernels for sm_90a, one string each, its name first."""
-    tool = shutil.which("cuobjdump")
-    if tool is None:
-        triton = pytest.importorskip("triton", reason="needs cuobjdump, from CUDA or triton")
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    unit = next(u for u in _build._files(".cu") if u.name == name)
-    made, _ = _build.compile_unit(unit, ["90a"], _build.find_nvcc())
-    return output(tool, "-sass", made).split("Function : ")[1:]
-
-
 @needs_nvcc
-def test_forward_moves_sixteen_bytes_at_a_time(cache):
+def test_forward_moves_sixteen_bytes_at_a_time(build_cache):
     functions = functions_of("inst_bf16.cu")
     names = [f for f in functions if "ForwardKernel" in f.split("\n")[0] and "LDG.E.128" in f]
     assert len(names) == 3 and all("STG.E.128" in f for f in names)  # widths 2, 3 and 4
@@ -91,7 +65,7 @@ def test_forward_moves_sixteen_bytes_at_a_time(cache):
 
 @needs_nvcc
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_w4a16_multiplies_on_tensor_cores(cache, dtype):
+def test_w4a16_multiplies_on_tensor_cores(build_cache, dtype):
     """Codes in 8-byte loads and x in 16-byte ones, block scales converted two at a time."""
     functions = functions_of(f"w4a16_{dtype}.cu")
     assert len(functions) == 3  # 8, 16 and 32 rows
@@ -101,9 +75,9 @@ def test_w4a16_multiplies_on_tensor_cores(cache, dtype):
 
 
 @needs_nvcc
-def test_library_is_found_and_named_by_its_sources(library, cache, monkeypatch):
+def test_library_is_found_and_named_by_its_sources(library, build_cache, monkeypatch):
     digest = _build.source_digest()
-    assert library.parent == cache / "nemokernels"
+    assert library.parent == build_cache / "nemokernels"
     assert library.name == f"_C-{digest}-90a.so" and _ext.archs(library) == ["90a"]
     _ext.find.cache_clear()
     assert _ext.find() == (library, None)
@@ -111,7 +85,7 @@ def test_library_is_found_and_named_by_its_sources(library, cache, monkeypatch):
     _ext.find.cache_clear()
     path, why = _ext.find()
     assert path is None and "built from other sources" in why
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "empty"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(build_cache / "empty"))
     _ext.find.cache_clear()
     assert _ext.find() == (None, "the CUDA library is not built; run `nemokernels build` "
                            "(needs nvcc)")  # fmt: skip
@@ -204,8 +178,8 @@ def test_asking_for_architectures_without_nvcc_fails(tree, tmp_path):
 
 
 @needs_nvcc
-def test_wheel_with_nvcc_holds_the_library(library, cache, tree, tmp_path):
-    wheel, _ = build_wheel(tree, NEMOKERNELS_CUDA_ARCHS="90a", XDG_CACHE_HOME=str(cache))
+def test_wheel_with_nvcc_holds_the_library(library, build_cache, tree, tmp_path):
+    wheel, _ = build_wheel(tree, NEMOKERNELS_CUDA_ARCHS="90a", XDG_CACHE_HOME=str(build_cache))
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     home, found = install(wheel, tmp_path / "venv")(
         "import nemokernels; from nemokernels import _ext\n"

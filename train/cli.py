@@ -41,15 +41,16 @@ def selftest() -> int:
     return 0 if report.run_selftest(Console()) else 1
 
 
-def build(archs: tuple[str, ...] = ()) -> int:
+def build(archs: tuple[str, ...] = (), jobs: int | None = None) -> int:
     """Compile the CUDA kernels with nvcc, for the GPU present or for the architectures named.
 
     Args:
-        archs: for example 90a 100a.
+        archs: for example 90a 100a. The last two architectures need CUTLASS's headers.
+        jobs: compilers at a time; one that reads CUTLASS takes up to 6 GB. Default: the processors.
     """
     from nemokernels._build import build
 
-    path = build(list(archs) or None, verbose=True)
+    path = build(list(archs) or None, verbose=True, jobs=jobs)
     Console().print(f"built {path}", highlight=False)
     return 0
 

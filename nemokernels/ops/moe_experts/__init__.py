@@ -6,18 +6,19 @@ import torch
 
 from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
-from nemokernels.ops import w4a16
+from nemokernels.ops import nvfp4_gemm, w4a16
 from nemokernels.ops.moe_experts import fp8, op
 from nemokernels.ops.moe_experts.fp8 import FP8Experts
 from nemokernels.ops.moe_route import Route
+from nemokernels.ops.nvfp4_gemm import NVFP4Experts
 
 __all__ = ["FP8Experts", "moe_experts"]
 
 
 def moe_experts(
     x: torch.Tensor,
-    up: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts,
-    down: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts,
+    up: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts | NVFP4Experts,
+    down: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts | NVFP4Experts,
     route: Route,
 ) -> torch.Tensor:
     """Send every token through its experts and add up what they return.
@@ -34,13 +35,15 @@ def moe_experts(
     Weights in NVFP4 (W4A16): code times block scale is exact, the global scale multiplies the
     float32 sum, and nothing of the weight is rounded. In FP8 (W8A8): x and each hidden layer are
     quantised by their static scales, saturating, the latter where it is computed; scales multiply
-    the float32 sums. Both are for inference: no gradient.
+    the float32 sums. In NVFP4 with quantised activations (W4A4): the same with
+    :func:`quantize_nvfp4`, whose amax is 2688 times the static scale, of x and of each hidden
+    layer, the latter after it was rounded to x's dtype. All are for inference: no gradient.
 
     Args:
         x: (T, X), float32, bfloat16, float16 or float64, any strides; with weights in FP8 also
             float8_e4m3fn, quantised by whoever made it (y is bfloat16 then).
         up: (E, F, X), x's dtype; or in NVFP4 by :func:`tile_nvfp4` with a global scale per expert;
-            or :class:`FP8Experts`.
+            or :class:`FP8Experts`, or :class:`NVFP4Experts`.
         down: (E, X, F), as ``up``.
         route: what ``moe_route`` returned for these tokens. Its offsets must not decrease and its
             order must hold each slot once: on a GPU they are not read back to be checked.
@@ -70,6 +73,10 @@ def moe_experts(
         fp8.check_experts(where, x, up, down)
         experts = up.values.shape[0]
         x = x if x.dtype not in FLOATS else autocast(x)[0]
+    elif isinstance(up, NVFP4Experts):
+        nvfp4_gemm.check_experts(where, x, up, down)
+        experts = up.codes.shape[0]
+        (x,) = autocast(x)
     else:
         check_tensor(where, "up", up, shape=(None, None, x.shape[1]), dims="(E, F, X)",
                      dtypes=FLOATS, device=x.device)  # fmt: skip
@@ -84,6 +91,8 @@ def moe_experts(
         return w4a16.experts(x, up, down, route.weights, route.offsets, route.order)
     if eight:
         return fp8.experts(x, up, down, route.weights, route.offsets, route.order)
+    if isinstance(up, NVFP4Experts):
+        return nvfp4_gemm.experts(x, up, down, route.weights, route.offsets, route.order)
     return op.moe_experts(x, up, down, route.weights, route.offsets, route.order)[0]
 
 

@@ -11,12 +11,14 @@ from nemokernels.ops.nvfp4 import op, ref
 
 __all__ = [
     "NVFP4",
+    "SwizzledNVFP4",
     "dequantize_nvfp4",
     "hadamard16",
     "pack_e2m1",
     "quantize_nvfp4",
     "quantize_nvfp4_pair",
     "quantize_nvfp4_weight",
+    "swizzle_nvfp4",
     "swizzle_scales",
     "unpack_e2m1",
     "unswizzle_scales",
@@ -45,6 +47,20 @@ class NVFP4(NamedTuple):
     global_scale: torch.Tensor
 
 
+class SwizzledNVFP4(NamedTuple):
+    """An operand (..., R, K) of a product in NVFP4 on block-scaled matrix units.
+
+    Attributes:
+        codes, global_scale: as in :class:`NVFP4`.
+        scales: (..., R', K'/16) float8_e4m3fn in the order of :func:`swizzle_scales`; R' and K'/16
+            are R and K/16 rounded up to multiples of 128 and 4, the padding is zero.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    global_scale: torch.Tensor
+
+
 def quantize_nvfp4(
     x: torch.Tensor,
     *,
@@ -52,7 +68,7 @@ def quantize_nvfp4(
     block_rows: int = 1,
     seed: int | torch.Tensor | None = None,
     swizzled: bool = False,
-) -> NVFP4:
+) -> NVFP4 | SwizzledNVFP4:
     """Quantise along the last axis with the arithmetic of NVFP4 training.
 
     All in float32, in this order: ``S = min(2688 / amax, FLT_MAX)`` (1 where amax is 0 or
@@ -74,8 +90,8 @@ def quantize_nvfp4(
             scale is repeated in each of the 16 rows.
         seed: an integer or a one-element int64 tensor (on x's device); rounds stochastically. Use
             another seed in every step and layer.
-        swizzled: the block scales in the order of :func:`swizzle_scales`, padding included, which
-            :func:`dequantize_nvfp4` does not read. Takes at least two axes.
+        swizzled: return a :class:`SwizzledNVFP4`, which products read and
+            :func:`dequantize_nvfp4` does not. Takes at least two axes.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
@@ -88,7 +104,8 @@ def quantize_nvfp4(
     _check_amax(where, "amax", amax, x)
     check(where, not swizzled or x.dim() >= 2,
           "`swizzled` scales need a matrix, got `x` of shape {}", tuple(x.shape))  # fmt: skip
-    return _wrap(*op.quantize(x, amax, block_rows, _seed(where, seed, x), 0, swizzled))
+    parts = op.quantize(x, amax, block_rows, _seed(where, seed, x), 0, swizzled)
+    return _wrap(*parts, swizzled=swizzled)
 
 
 def quantize_nvfp4_pair(
@@ -100,7 +117,7 @@ def quantize_nvfp4_pair(
     hadamard: bool = False,
     seed: int | torch.Tensor | None = None,
     swizzled: bool = False,
-) -> tuple[NVFP4, NVFP4]:
+) -> tuple[NVFP4, NVFP4] | tuple[SwizzledNVFP4, SwizzledNVFP4]:
     """Quantise ``x`` and its transpose, for the two matrix products a training step needs it in.
 
     Equal to ``quantize_nvfp4(x)`` and ``quantize_nvfp4(x.T)``, the latter of
@@ -134,7 +151,7 @@ def quantize_nvfp4_pair(
         check(where, amax.numel() == 1,
               "`amax_t` is needed beside an `amax` per row, got None")  # fmt: skip
     out = op.quantize_pair(x, amax, amax_t, block_rows, hadamard, _seed(where, seed, x), swizzled)
-    return _wrap(*out[:3]), _wrap(*out[3:])
+    return _wrap(*out[:3], swizzled=swizzled), _wrap(*out[3:], swizzled=swizzled)
 
 
 def quantize_nvfp4_weight(weight: torch.Tensor, *, amax: torch.Tensor | None = None) -> NVFP4:
@@ -261,8 +278,28 @@ def unswizzle_scales(swizzled: torch.Tensor, *, rows: int, columns: int) -> torc
     return op.unswizzle(swizzled.view(torch.uint8), rows, columns).view(swizzled.dtype)
 
 
-def _wrap(codes: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor) -> NVFP4:
-    return NVFP4(codes, scales.view(torch.float8_e4m3fn), global_scale)
+def swizzle_nvfp4(weight: NVFP4) -> SwizzledNVFP4:
+    """Bring (..., R, K) from the layout of a checkpoint into that of products on Blackwell.
+
+    The codes are kept, the scales copied. Their values are read once, to refuse negative ones:
+    no quantiser writes them, and the matrix units would take them for positive.
+
+    Raises:
+        TypeError, ValueError: a part has the wrong type, dtype, shape or device, or a block scale
+            is negative.
+    """
+    where = "swizzle_nvfp4"
+    check_kind(where, "weight", weight, NVFP4)
+    check_parts(where, *weight)
+    check(where, weight.codes.dim() >= 2, "`codes` has shape {}, expected (..., R, K/2)",
+          tuple(weight.codes.shape))  # fmt: skip
+    check_not_negative(where, weight.scales)
+    return SwizzledNVFP4(weight.codes, swizzle_scales(weight.scales), weight.global_scale)
+
+
+def _wrap(codes: torch.Tensor, scales: torch.Tensor, scale_2: torch.Tensor, swizzled=False):
+    kind = SwizzledNVFP4 if swizzled else NVFP4
+    return kind(codes, scales.view(torch.float8_e4m3fn), scale_2)
 
 
 def _seed(where: str, seed: int | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -319,6 +356,19 @@ def check_parts(
     check_scale(where, "global_scale", global_scale, codes)
     for name, part in (("scales", scales), ("global_scale", global_scale)):
         check(where, not part.requires_grad, "`{}` requires a gradient; it has none", name)
+
+
+def check_not_negative(where: str, scales: torch.Tensor) -> None:
+    if not scales.is_meta:
+        check(where, not (scales.view(torch.uint8) > 127).any().item(),
+              "`scales` holds a negative scale, expected none below zero")  # fmt: skip
+
+
+def check_kind(where: str, name: str, value: object, *kinds: type) -> None:
+    """Raise unless ``value`` is one of these containers."""
+    if not isinstance(value, kinds):
+        want = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{where}: `{name}` must be a {want}, got {type(value).__name__}")
 
 
 def _check_matrix(where: str, name: str, value: object) -> None:

@@ -101,7 +101,7 @@ def _fake_quantize(x, amax, swizzled=False):
     blocks = (*rows, k // ref.BLOCK)
     return (
         x.new_empty((*rows, k // 2), dtype=torch.uint8),
-        x.new_empty(_swizzled_shape(blocks) if swizzled else blocks, dtype=torch.uint8),
+        x.new_empty(ref.swizzled_shape(blocks) if swizzled else blocks, dtype=torch.uint8),
         x.new_empty(() if amax is None else amax.shape, dtype=torch.float32),
     )
 
@@ -110,10 +110,6 @@ def _fake_quantize_pair(x, amax, amax_t, block_rows, hadamard, seed, swizzled):
     if not hadamard and amax_t is None:
         amax_t = amax
     return *_fake_quantize(x, amax, swizzled), *_fake_quantize(x.t(), amax_t, swizzled)
-
-
-def _swizzled_shape(shape):
-    return *shape[:-2], -(-shape[-2] // 128) * 128, -(-shape[-1] // 4) * 4
 
 
 quantize = register(
@@ -163,7 +159,7 @@ swizzle = register(
     FAMILY,
     "swizzle_scales(Tensor scales) -> Tensor",
     reference=ref.swizzle,
-    fake=lambda scales: scales.new_empty(_swizzled_shape(scales.shape)),
+    fake=lambda scales: scales.new_empty(ref.swizzled_shape(scales.shape)),
     cuda=lambda scales: ref.swizzle(scales).contiguous(),
     example=lambda device, dtype: (
         torch.arange(200 * 5, device=device).reshape(200, 5).to(torch.uint8),

@@ -216,6 +216,11 @@ def swizzle(scales: torch.Tensor) -> torch.Tensor:
     return tiles.transpose(-4, -2).reshape(shape)
 
 
+def swizzled_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(..., R', C') of swizzled block scales (..., R, C)."""
+    return *shape[:-2], -(-shape[-2] // 128) * 128, -(-shape[-1] // 4) * 4
+
+
 def unswizzle(swizzled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """The inverse of :func:`swizzle` without the padding."""
     shape = swizzled.shape

@@ -1,4 +1,4 @@
-"""Products with NVFP4 weights and unquantised activations (W4A16)."""
+"""Products with NVFP4 weights: W4A16 here, and nvfp4_linear, whose activations may be NVFP4 too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 
 from nemokernels._autocast import autocast
 from nemokernels._checks import FLOATS, check, check_tensor
-from nemokernels.ops.nvfp4 import NVFP4, check_parts, check_scale
+from nemokernels.ops import nvfp4_gemm
+from nemokernels.ops.nvfp4 import (
+    NVFP4,
+    SwizzledNVFP4,
+    check_kind,
+    check_not_negative,
+    check_parts,
+    check_scale,
+)
 from nemokernels.ops.w4a16 import op, ref
 
 __all__ = ["TiledNVFP4", "nvfp4_linear", "tile_nvfp4", "untile_nvfp4"]
@@ -46,14 +54,11 @@ def tile_nvfp4(weight: NVFP4) -> TiledNVFP4:
             is negative.
     """
     where = "tile_nvfp4"
-    _check_kind(where, "weight", weight, NVFP4)
+    check_kind(where, "weight", weight, NVFP4)
     check_parts(where, *weight)
     check(where, weight.codes.dim() >= 2, "`codes` has shape {}, expected (..., N, K/2)",
           tuple(weight.codes.shape))  # fmt: skip
-    scales = weight.scales.view(torch.uint8)
-    if not scales.is_meta:
-        check(where, not (scales > 127).any().item(),
-              "`scales` holds a negative scale, expected none below zero")  # fmt: skip
+    check_not_negative(where, weight.scales)
     return _tile(weight)
 
 
@@ -70,31 +75,42 @@ def untile_nvfp4(weight: TiledNVFP4) -> NVFP4:
     return NVFP4(codes, scales.contiguous().view(torch.float8_e4m3fn), weight.global_scale)
 
 
-def nvfp4_linear(x: torch.Tensor, weight: NVFP4 | TiledNVFP4) -> torch.Tensor:
-    """``y = x @ w.T`` with a frozen NVFP4 weight and unquantised activations (W4A16).
+def nvfp4_linear(
+    x: torch.Tensor | SwizzledNVFP4, weight: NVFP4 | TiledNVFP4 | SwizzledNVFP4
+) -> torch.Tensor:
+    """``y = x @ w.T`` with a frozen NVFP4 weight; activations unquantised (W4A16) or NVFP4 (W4A4).
 
     e2m1(code) times its block scale has at most 6 significant bits and is exact in every dtype of
     x. Such products with x accumulate in float32 (float64 for float64), the global scale multiplies
     the sum, and one cast follows: nothing of the weight is rounded. The gradient is that of x; the
     weight has none. Under autocast x is cast to the autocast dtype.
 
+    W4A4: products of the values without global scales, which are exact, accumulate in float32; the
+    product of the two global scales multiplies the sum; one cast to bfloat16. No gradient. On a
+    GPU with block-scaled matrix units (compute capability 10.x, 12.x) they multiply; K must then be
+    a multiple of 32 and N one of 8. Elsewhere the reference runs.
+
     Args:
-        x: (..., K), float32, bfloat16, float16 or float64, any strides.
+        x: (..., K), float32, bfloat16, float16 or float64, any strides; or (M, K) from
+            ``quantize_nvfp4(x, amax=..., swizzled=True)``, with one global scale.
         weight: (N, K). Tiled once by :func:`tile_nvfp4`; an :class:`NVFP4` is tiled in every call.
-            Its global scale has one element.
+            For x in NVFP4: from :func:`swizzle_nvfp4`. Its global scale has one element.
 
     Returns:
-        (..., N) in x's dtype.
+        (..., N) in x's dtype; bfloat16 for x in NVFP4.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
 
-    Source: the W4A16 execution of NVFP4 checkpoints on GPUs without FP4 matrix units.
+    Source: the two executions of NVFP4 checkpoints, on GPUs without and with FP4 matrix units;
+    CUTLASS, Blackwell block-scaled products.
     """
     where = "nvfp4_linear"
+    if isinstance(x, SwizzledNVFP4):
+        return nvfp4_gemm.linear(where, x, weight)
     check_tensor(where, "x", x, dtypes=FLOATS)
     check(where, x.dim() >= 1, "`x` needs at least one axis, got a scalar")
-    _check_kind(where, "weight", weight, NVFP4, TiledNVFP4)
+    check_kind(where, "weight", weight, NVFP4, TiledNVFP4)
     if isinstance(weight, NVFP4):
         check_parts(where, *weight, device=x.device)
         check(where, weight.codes.dim() == 2, "`codes` has shape {}, expected (N, K/2)",
@@ -132,7 +148,7 @@ def check_experts(where: str, x: torch.Tensor, up: TiledNVFP4, down: object) -> 
 
 def check_tiled(where: str, name: str, weight: object, leading=None, device=None) -> None:
     """Raise unless ``weight`` is a TiledNVFP4 whose parts belong together."""
-    _check_kind(where, name, weight, TiledNVFP4)
+    check_kind(where, name, weight, TiledNVFP4)
     codes, scales, scale_2, rows, columns = weight
     check_tensor(where, f"{name}.codes", codes, dtypes=(torch.uint8,), device=device)
     check(where, rows >= 0 and columns >= 0 and columns % 16 == 0,
@@ -146,9 +162,3 @@ def check_tiled(where: str, name: str, weight: object, leading=None, device=None
     check_scale(where, f"{name}.global_scale", scale_2, whole)
     check(where, not scale_2.requires_grad, "`{}.global_scale` requires a gradient; it has none",
           name)  # fmt: skip
-
-
-def _check_kind(where: str, name: str, value: object, *kinds: type) -> None:
-    if not isinstance(value, kinds):
-        want = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{where}: `{name}` must be a {want}, got {type(value).__name__}")

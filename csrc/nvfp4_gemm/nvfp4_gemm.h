@@ -1,0 +1,56 @@
+// Products of matrices in NVFP4 on the block-scaled matrix units of Blackwell, by CUTLASS.
+//
+//   dense:    out (rows, columns) = alpha * a (rows, depth) @ b (columns, depth)^T
+//   grouped:  the same per expert, whose rows follow each other in a and out
+//
+// Codes are packed E2M1, the even element in the low nibble, contiguous. Scales are E4M3, one per
+// 16 elements, in tiles of 128 rows x 4 columns, zero-padded to whole tiles. out is bfloat16,
+// contiguous. Each architecture has sources of its own, named after it: neither's instructions
+// exist on the other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "nemo/launch.h"
+
+namespace nemo::nvfp4_gemm {
+
+// A row of a, b and out is a multiple of 16 bytes, the unit of the tensor memory accelerator.
+constexpr int kDepthUnit = 32;  // elements of 4 bits
+constexpr int kColumnUnit = 8;  // bfloat16
+constexpr int kAlignment = 16;  // bytes, of every pointer
+
+struct Dense {
+  int64_t rows, columns, depth;  // each below 2^31
+  const void *a, *b;
+  const void *a_scales, *b_scales;
+  const float* alpha;  // one, on the device
+  void* out;
+};
+
+struct Grouped {
+  int64_t experts, rows, columns, depth;  // rows of all experts together
+  const void *a, *b;                      // (rows, depth), (experts, columns, depth)
+  // An expert's scales of a begin at the next whole tile after those of the expert before it; its
+  // scales of b are padded to whole tiles.
+  const void *a_scales, *b_scales;
+  const float* alpha;      // (experts)
+  const int32_t* offsets;  // (experts): the end of each one's rows, on the device
+  bool squared_relu;       // relu(out)^2 before it is rounded
+  void* out;
+};
+
+// Bytes that a launch needs beside its operands.
+size_t workspace_sm100a(const Dense&);
+size_t workspace_sm100a(const Grouped&);
+size_t workspace_sm120a(const Dense&);
+size_t workspace_sm120a(const Grouped&);
+
+// Launches; what CUTLASS says if it refuses, else null. The workspace is aligned to 256 bytes.
+const char* run_sm100a(const Dense&, void* workspace, Stream);
+const char* run_sm100a(const Grouped&, void* workspace, Stream);
+const char* run_sm120a(const Dense&, void* workspace, Stream);
+const char* run_sm120a(const Grouped&, void* workspace, Stream);
+
+}  // namespace nemo::nvfp4_gemm

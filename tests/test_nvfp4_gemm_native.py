@@ -1,0 +1,164 @@
+"""csrc/nvfp4_gemm: its layout is CUTLASS's, its machine code multiplies in NVFP4, its checks hold.
+
+The kernels themselves need a GPU of compute capability 10.x or 12.x.
+"""
+
+import re
+
+import pytest
+import torch
+from machine_code import compiled, functions_of, needs_nvcc, output
+
+from nemokernels import _build, swizzle_scales
+from nemokernels.ops.nvfp4.ref import swizzled_shape
+from nemokernels.ops.nvfp4_gemm import native, op, ref
+
+needs_cutlass = pytest.mark.skipif(
+    _build.find_cutlass() is None, reason="needs the wheel nvidia-cutlass; not installed"
+)
+# What ptxas makes of tcgen05.mma.kind::mxf4nvf4.block_scale.scale_vec::4X, and of mma.sync with
+# the same suffixes: block scales of 16 elements.
+INSTRUCTIONS = {"100a": r"UTCOMMA\.4X ", "120a": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3\.4X "}
+SOURCES = [
+    pytest.param(kind, arch, marks=[pytest.mark.all_of_csrc] if kind == "grouped" else [])
+    for kind in ("dense", "grouped")
+    for arch in INSTRUCTIONS
+]
+
+
+@needs_nvcc
+@needs_cutlass
+@pytest.mark.parametrize("kind, arch", SOURCES)
+def test_machine_code_multiplies_in_nvfp4(build_cache, kind, arch):
+    name = f"nvfp4_{kind}_sm{arch}.cu"
+    product = [f for f in functions_of(name, arch) if re.search(INSTRUCTIONS[arch], f)]
+    assert len(product) == 1 and "GemmUniversal" in product[0].split("\n")[0]
+    assert "UTMALDG" in product[0] and not re.search(r"\b[HQ]MMA", product[0])
+    # What CUTLASS does once per tile of the grouped product of sm_120a spills 60 bytes; the loop
+    # over the depth of a tile spills nothing, here or elsewhere.
+    _, report = compiled(name, arch)
+    spilled = {60} if (kind, arch) == ("grouped", "120a") else set()
+    assert set(_build.spills(report).values()) == spilled
+    at = [match.start() for match in re.finditer(INSTRUCTIONS[arch], product[0])]
+    assert not re.search(r"\b(STL|LDL)\b", product[0][at[0] : at[-1]])
+
+
+LAYOUT = """
+#include <cuda_runtime.h>
+#include <cstdio>
+#include <cstdlib>
+#include <cutlass/detail/sm100_blockscaled_layout.hpp>
+
+// Where the scales of rows and blocks of 16 lie, of the left and of the right operand.
+int main(int, char** argv) {
+  const int rows = atoi(argv[1]), depth = atoi(argv[2]);
+  using Config = cutlass::detail::Sm1xxBlockScaledConfig<16>;
+  const auto left = Config::tile_atom_to_shape_SFA(cute::make_shape(rows, 7, depth, 1));
+  const auto right = Config::tile_atom_to_shape_SFB(cute::make_shape(7, rows, depth, 1));
+  for (int r = 0; r < rows; ++r)
+    for (int k = 0; k < depth; ++k)
+      printf("%d %d\\n", int(left(r, k, 0)), int(right(r, k, 0)));
+  printf("%d %d\\n", int(cute::cosize(left)), int(cute::cosize(right)));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    """CUTLASS's layout of scales on the host: (rows, depth) to lines of two indices."""
+    source = tmp_path_factory.mktemp("layout") / "layout.cpp"
+    source.write_text(LAYOUT)
+    program = source.with_suffix("")
+    output(_build.find_nvcc(), "-std=c++17", "-isystem", str(_build.find_cutlass()), str(source),
+           "-o", str(program))  # fmt: skip
+    return lambda *sizes: output(str(program), *map(str, sizes)).split("\n")[:-1]
+
+
+@needs_nvcc
+@needs_cutlass
+@pytest.mark.parametrize("rows, depth", [(1, 16), (5, 48), (128, 64), (129, 80), (300, 272)])
+def test_swizzled_scales_lie_where_cutlass_reads_them(layout, rows, depth):
+    *found, size = ([int(i) for i in line.split()] for line in layout(rows, depth))
+    found = torch.tensor(found).reshape(rows, depth // 16, 16, 2)
+    assert (found == found[:, :, :1, :1]).all()  # one per block, alike in both operands
+    padded = swizzled_shape((rows, depth // 16))
+    assert size == [padded[0] * padded[1]] * 2
+    # The position of every scale, read off where its number ends up, one byte of it at a time.
+    number = torch.arange(1, rows * (depth // 16) + 1).reshape(rows, depth // 16)
+    low, high = (swizzle_scales((number >> s & 255).to(torch.uint8)).long() for s in (0, 8))
+    assert torch.equal((low + 256 * high).reshape(-1)[found[:, :, 0, 0]], number)
+
+
+@pytest.fixture
+def operands(host_library):
+    a, a_scales, b, b_scales, alpha = op._example_product(torch.device("cpu"), torch.float32)
+    out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
+    return dict(a=a, a_scales=a_scales, b=b, b_scales=b_scales, alpha=alpha, out=out)
+
+
+def shifted(t):
+    """The same values at an address that is no multiple of 16."""
+    wide = t.new_empty(t.numel() + 1)
+    wide[1:] = t.reshape(-1)
+    return wide[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {}, "this library has no NVFP4 products for this device"),
+    (lambda t: dict(a=shifted(t["a"])), "aligned to 16 bytes"),
+    (lambda t: dict(b_scales=shifted(t["b_scales"])), "aligned to 16 bytes"),
+    (lambda t: dict(a=t["a"].int()), "contiguous bytes"),
+    (lambda t: dict(b=t["b"][:, :40]), "contiguous bytes"),
+    (lambda t: dict(a_scales=t["a_scales"][:64]), "as many as the sizes say"),
+    (lambda t: dict(a=t["a"][:, :40].contiguous()), "K in multiples of 32"),
+    (lambda t: dict(out=t["out"][:, :132].contiguous()), "N in multiples of 8"),
+    (lambda t: dict(out=t["out"].float()), "contiguous bfloat16 result"),
+    (lambda t: dict(out=t["out"][:0]), "sizes from 1 to"),
+    (lambda t: dict(alpha=t["alpha"].double()), "one float32 factor"),
+])  # fmt: skip
+def test_dense_refuses(operands, change, message):
+    """The host's build has every check of the tensors and no kernel."""
+    operands |= change(operands)
+    with pytest.raises(RuntimeError, match=message):
+        native._product(*operands.values())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {}, "this library has no NVFP4 products for this device"),
+    (lambda t: dict(offsets=t["offsets"].long()), "int32 ends"),
+    (lambda t: dict(offsets=t["offsets"][:0]), "int32 ends"),
+    (lambda t: dict(offsets=t["offsets"][:3]), "as many as the sizes say"),
+    (lambda t: dict(a_scales=t["a_scales"][:256]), "as many as the sizes say"),
+    (lambda t: dict(alpha=t["alpha"][:3]), "one float32 factor per product"),
+])  # fmt: skip
+def test_grouped_refuses(host_library, change, message):
+    names = ("a", "a_scales", "b", "b_scales", "alpha", "offsets", "squared_relu")
+    args = dict(zip(names, op._example_grouped(torch.device("cpu"), torch.float32)))
+    args["out"] = torch.empty(200, 136, dtype=torch.bfloat16)
+    args |= change(args)
+    with pytest.raises(RuntimeError, match=message):
+        native._grouped(*args.values())
+
+
+def test_python_and_cuda_agree_on_units():
+    header = (_build.source_dir() / "nvfp4_gemm/nvfp4_gemm.h").read_text()
+    for name, value in (("kDepthUnit", op.K_UNIT), ("kColumnUnit", op.N_UNIT),
+                        ("kAlignment", op.ALIGNMENT)):  # fmt: skip
+        assert f"{name} = {value};" in header
+    assert ref.TILE == 128
+
+
+def test_sources_of_an_architecture():
+    assert _build.own_arch(_build.Path("nvfp4_dense_sm100a.cu")) == "100a"
+    assert _build.own_arch(_build.Path("w4a16_bf16.cu")) is None
+    names = {arch: {u.name for u in _build.units([arch])} for arch in _build.ARCHS}
+    assert {"nvfp4_dense_sm100a.cu", "nvfp4_grouped_sm100a.cu"} == names["100a"] - names["90a"]
+    assert {"nvfp4_dense_sm120a.cu", "nvfp4_grouped_sm120a.cu"} == names["120a"] - names["90a"]
+
+
+@needs_nvcc
+def test_without_cutlass_only_hopper_is_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "find_cutlass", lambda: None)
+    assert not _build.needs_cutlass(["90a"]) and _build.needs_cutlass(["90a", "120a"])
+    with pytest.raises(FileNotFoundError, match="build: no CUTLASS headers; run `pip inst"):
+        _build.build(["100a"], out=tmp_path)
