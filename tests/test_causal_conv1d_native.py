@@ -3,12 +3,15 @@
 Every test runs twice: the kernels as loops on the CPU, and, with a GPU, as they are.
 """
 
+import conv1d
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from conv1d import ints, problem
+from on_gpu import to
 
 from nemokernels import causal_conv1d_fn, testing, use_backend
-from nemokernels.ops.causal_conv1d import kernel, op, ref
+from nemokernels.ops.causal_conv1d import native as kernel
+from nemokernels.ops.causal_conv1d import op, ref
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -18,45 +21,12 @@ def device(native_device):
     return native_device
 
 
-def to(device, tree):
-    return tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, tree)
+def compare(device, function, *args, chunk):
+    return conv1d.compare(kernel, device, function, *args, config=csrc(chunk))
 
 
-def compare(device, function, *args, **launch):
-    """``function`` of the kernels on ``device`` against the reference; returns what it gave."""
-    name = {"forward": ref.forward, "backward": ref.backward}[function]
-    exact = name(*testing.to_double(args))
-    low = name(*args)
-    got = getattr(kernel, function)(*to(device, args), **launch)
-    for i, (a, want, plain) in enumerate(zip(got, exact, low)):
-        assert a.dtype == plain.dtype and a.is_contiguous()
-        testing.assert_matches(a, want, plain, f"{function} output {i}")
-    return got
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def ids_of(batch, tokens):
-    """Runs of lengths 1, 2, 3, ...; the third of every four is padding."""
-    runs = torch.repeat_interleave(torch.arange(tokens + 1), torch.arange(1, tokens + 2))[:tokens]
-    ids = torch.where(runs % 4 == 2, -1, runs).int()
-    return torch.stack([ids.roll(b) for b in range(batch)])
-
-
-def problem(batch, tokens, dim, width, dtype, mode="rows", weight_dtype=None, initial=True):
-    x, dy = torch.randn(2, batch, tokens, dim).to(dtype)
-    weight = torch.randn(dim, width).to(weight_dtype or dtype)
-    bias = torch.randn(dim).to(weight_dtype or dtype)
-    seq_idx = ids_of(batch, tokens) if mode == "seq_idx" else None
-    cu, sequences = None, batch
-    if mode == "cu_seqlens":
-        cuts = [0, 1, 1, 3, 4, tokens // 2, tokens // 2, tokens - 2]
-        cu = ints(sorted(min(max(c, 0), tokens) for c in cuts))
-        sequences = len(cuts) - 1
-    states = torch.randn(sequences, width - 1, dim).to(dtype) if initial else None
-    return x, weight, bias, seq_idx, states, cu, dy
+def csrc(chunk=16):
+    return op.Config("csrc", chunk)
 
 
 @pytest.mark.parametrize("mode", ["rows", "seq_idx", "cu_seqlens"])
@@ -118,8 +88,8 @@ def test_any_strides_give_the_same_bits(device):
 
     def run(x, initial, dy, weight, bias, seq_idx):
         args = (x, weight, bias, seq_idx, initial, None, True)
-        y, states = kernel.forward(*args, True, chunk=16)
-        return y, states, *kernel.backward(dy, initial, *args, chunk=16)
+        y, states = kernel.forward(*args, True, config=csrc(16))
+        return y, states, *kernel.backward(dy, initial, *args, config=csrc(16))
 
     want = run(x, initial, dy, weight, bias, seq_idx)
     other = (weight.mT.contiguous().mT, torch.stack((bias, bias), 1)[:, 0])
@@ -134,15 +104,17 @@ def test_packed_equals_separate(device, chunk, dtype):
     x, weight, bias, _, initial, cu, dy = problem(1, 70, 24, 4, dtype, "cu_seqlens")
     x, weight, bias, initial, cu, dy = to(device, (x, weight, bias, initial, cu, dy))
     args = (weight, bias, None)
-    y, states = kernel.forward(x, *args, initial, cu, True, True, chunk=chunk)
-    dx, _, _, dinitial = kernel.backward(dy, states, x, *args, initial, cu, True, chunk=chunk)
+    y, states = kernel.forward(x, *args, initial, cu, True, True, config=csrc(chunk))
+    dx, _, _, dinitial = kernel.backward(
+        dy, states, x, *args, initial, cu, True, config=csrc(chunk)
+    )
     bounds = cu.tolist()
     assert (y[:, bounds[-1] :] == 0).all() and (dx[:, bounds[-1] :] == 0).all()
     for s, (a, b) in enumerate(zip(bounds, bounds[1:])):
         one, x_s, dy_s = initial[s : s + 1], x[:, a:b], dy[:, a:b]
-        y_s, state = kernel.forward(x_s, *args, one, None, True, True, chunk=16)
+        y_s, state = kernel.forward(x_s, *args, one, None, True, True, config=csrc(16))
         dx_s, _, _, dinitial_s = kernel.backward(
-            dy_s, states[s : s + 1], x_s, *args, one, None, True, chunk=16
+            dy_s, states[s : s + 1], x_s, *args, one, None, True, config=csrc()
         )
         for whole, alone in ((y[:, a:b], y_s), (states[s], state[0]), (dx[:, a:b], dx_s),
                              (dinitial[s], dinitial_s[0])):  # fmt: skip
@@ -155,7 +127,7 @@ def test_many_blocks(device):
     args = (x, weight, bias, *packing, True)
     _, states = compare(device, "forward", *args, True, chunk=16)
     first = compare(device, "backward", dy, states.cpu(), *args, chunk=16)
-    again = kernel.backward(*to(device, (dy, states, *args)), chunk=16)
+    again = kernel.backward(*to(device, (dy, states, *args)), config=csrc(16))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
@@ -167,12 +139,12 @@ def test_nan_of_a_neighbour_does_not_spread(device, mode):
     x[:, :8] = dy[:, :8] = torch.nan
     x[:, 16:] = dy[:, 16:] = torch.nan
     args = (x, weight, bias, seq_idx, None, cu, True)
-    y, states = kernel.forward(*to(device, args), True, chunk=16)
+    y, states = kernel.forward(*to(device, args), True, config=csrc(16))
     assert y[:, :8].isnan().all() and y[:, 8:16].isfinite().all() and (y[:, 16:] == 0).all()
-    dx, *_ = kernel.backward(*to(device, (dy, states[:0], *args)), chunk=16)
+    dx, *_ = kernel.backward(*to(device, (dy, states[:0], *args)), config=csrc(16))
     assert dx[:, 8:16].isfinite().all() and (dx[:, 16:] == 0).all()
     x[:, :8] = dy[:, :8] = 0
-    _, dweight, dbias, _ = kernel.backward(*to(device, (dy, states[:0], *args)), chunk=16)
+    _, dweight, dbias, _ = kernel.backward(*to(device, (dy, states[:0], *args)), config=csrc(16))
     assert dweight.isfinite().all() and dbias.isfinite().all()
 
 
@@ -196,7 +168,7 @@ def test_update(device, mode, width, dtype, entries_first):
         low = ref.update(x, copies[0], *args)
         exact = ref.update(x.double(), copies[2], *testing.to_double(args))
         native = copies[1].to(device)
-        got = kernel.update(x.to(device), native, *to(device, args))
+        got = kernel.update(x.to(device), native, *to(device, args), config=csrc())
         testing.assert_matches(got, exact, low)
         assert torch.equal(native.cpu(), copies[0]) and (got[1] == 0).all()
 
@@ -205,14 +177,14 @@ def test_update_of_a_slot_that_does_not_exist_shows(device):
     state = torch.zeros(2, 8, 3, device=device)
     x, weight = torch.ones(2, 1, 8, device=device), torch.ones(8, 4, device=device)
     slots = ints([2, 1]).to(device)
-    y = kernel.update(x, state, weight, None, False, None, slots, None)
+    y = kernel.update(x, state, weight, None, False, None, slots, None, config=csrc())
     assert y[0].isnan().all() and (y[1] == 1).all() and (state[0] == 0).all()
 
 
 @pytest.mark.parametrize("state_len", [1, 3, 6])
 def test_varlen_states(device, state_len):
     args = torch.randn(14, 9).mT.contiguous().mT, ints([0, 4, 4, 5, 13]), state_len
-    got = kernel.varlen_states(*to(device, args))
+    got = kernel.varlen_states(*to(device, args), config=csrc())
     assert torch.equal(got.cpu(), ref.varlen_states(*args))
 
 
@@ -249,3 +221,6 @@ def test_plan():
     assert op.plan(1, 8, 8, (F32,), ("reference",), 132).backend == "reference"
     with pytest.raises(RuntimeError, match="got torch.float64"):
         op.plan(1, 8, 8, (torch.float64,), ("csrc",), 132)
+    without = op.plan(8, 4096, 10240, (BF16,), ("triton", "reference"), 132)
+    assert without == op.Config("triton", 256, 16, 128, 8)
+    assert op.plan(1, 8, 9, (F32,), ("triton",), 132)[1:4] == (16, 16, 16)

@@ -6,19 +6,25 @@ from typing import NamedTuple
 
 import torch
 
-from nemokernels import _backends, _ext
+from nemokernels import _backends, _ext, _triton
 from nemokernels._registry import family, reference_on_cuda, register
 from nemokernels.ops.causal_conv1d import ref
 
-FAMILY = family("causal_conv1d", {"csrc": _ext.reason})
-NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+FAMILY = family("causal_conv1d", {"csrc": _ext.reason, "triton": _triton.reason})
 
 
 class Config(NamedTuple):
-    """Which backend runs, tokens per warp if it is csrc, why not csrc if it is the reference."""
+    """Which backend runs and how; why no kernel if it is the reference.
+
+    ``chunk`` tokens are walked by a warp of csrc, or summed up by a program of Triton's backward;
+    a Triton program has ``block_t`` tokens of ``block_d`` channels at a time.
+    """
 
     backend: str
     chunk: int = 0
+    block_t: int = 0
+    block_d: int = 0
+    num_warps: int = 0
     reason: str = ""
 
 
@@ -32,68 +38,58 @@ def plan(
 ) -> Config:
     """The configuration for a problem. ``backends`` can run here; ``processors`` of the device.
 
-    A warp walks ``chunk`` tokens and reads W-1 more in front of them (the backward W-1 behind them
-    too), so chunks are as long as leaves every multiprocessor eight blocks.
+    A warp of csrc walks ``chunk`` tokens and reads W-1 more in front of them (the backward W-1
+    behind them too), so chunks are as long as leaves every multiprocessor eight blocks. Triton is
+    for where csrc is not built.
 
     Raises:
         RuntimeError: none of ``backends`` takes these dtypes.
     """
-    wide = [d for d in dtypes if d not in NATIVE]
-    if "csrc" in backends and not wide:
-        groups = -(-dim // 256)  # 32 lanes of 8 channels
-        for chunk in (256, 128, 64, 32):
-            if groups * batch * -(-tokens // (4 * chunk)) >= 8 * processors:
-                return Config("csrc", chunk)
-        return Config("csrc", 16)
-    reason = f"csrc takes float32, bfloat16 and float16, got {wide[0]}" if wide else ""
-    if "reference" not in backends:
+    wide = [d for d in dtypes if d not in _triton.DTYPES]
+    reason = f"the kernels take float32, bfloat16 and float16, got {wide[0]}" if wide else ""
+    kernels = [b for b in backends if b != "reference" and not wide]
+    if not kernels and "reference" not in backends:
         raise RuntimeError(f"causal_conv1d: {reason or 'no backend can run here'}")
-    return Config("reference", reason=reason)
+    if not kernels:
+        return Config("reference", reason=reason)
+    groups = -(-dim // 256)  # csrc: 32 lanes of 8 channels
+    chunks = (c for c in (256, 128, 64, 32)
+              if groups * batch * -(-tokens // (4 * c)) >= 8 * processors)  # fmt: skip
+    if kernels[0] == "csrc":
+        return Config("csrc", next(chunks, 16))
+    block_d = min(max(_triton.next_power_of_2(dim), 16), 128)
+    return Config("triton", next(chunks, 16), 16, block_d, 8)  # not measured
 
 
 def _plan(x: torch.Tensor, *others: torch.Tensor | None) -> Config:
     dtypes = tuple(t.dtype for t in (x, *others) if t is not None)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     batch, tokens, dim = x.shape if x.dim() == 3 else (1, *x.shape)
-    return plan(batch, tokens, dim, dtypes, _backends.usable(FAMILY.name, x.device), processors)
+    usable = _backends.usable(FAMILY.name, x.device)
+    return plan(batch, tokens, dim, dtypes, usable, _triton.processors(x.device))
 
 
-def _forward_cuda(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final):
-    from nemokernels.ops.causal_conv1d import kernel
+def _cuda_leg(name: str, operator: str, reference, tensors: slice):
+    """Runs ``name`` of what the plan for these arguments picks."""
 
-    args = (x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final)
-    config = _plan(x, weight, bias)
-    if config.backend == "reference":
-        return reference_on_cuda("causal_conv1d", ref.forward)(*args)
-    return kernel.forward(*args, chunk=config.chunk)
+    def leg(*args):
+        config = _plan(*args[tensors])
+        if config.backend == "reference":
+            return reference_on_cuda(operator, reference)(*args)
+        if config.backend == "csrc":
+            from nemokernels.ops.causal_conv1d import native as kernel
+        else:
+            from nemokernels.ops.causal_conv1d import kernel
+        with torch.cuda.device_of(args[0]):
+            return getattr(kernel, name)(*args, config=config)
 
-
-def _backward_cuda(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu):
-    from nemokernels.ops.causal_conv1d import kernel
-
-    args = (dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu)
-    config = _plan(x, weight, bias)
-    if config.backend == "reference":
-        return reference_on_cuda("causal_conv1d_backward", ref.backward)(*args)
-    return kernel.backward(*args, chunk=config.chunk)
+    return leg
 
 
-def _update_cuda(x, conv_state, weight, bias, *args):
-    from nemokernels.ops.causal_conv1d import kernel
-
-    if _plan(x, weight, bias).backend == "reference":
-        run = reference_on_cuda("causal_conv1d_update", ref.update)
-        return run(x, conv_state, weight, bias, *args)
-    return kernel.update(x, conv_state, weight, bias, *args)
-
-
-def _varlen_cuda(x, cu_seqlens, state_len):
-    from nemokernels.ops.causal_conv1d import kernel
-
-    if _plan(x).backend == "reference":
-        run = reference_on_cuda("causal_conv1d_varlen_states", ref.varlen_states)
-        return run(x, cu_seqlens, state_len)
-    return kernel.varlen_states(x, cu_seqlens, state_len)
+_forward_cuda = _cuda_leg("forward", "causal_conv1d", ref.forward, slice(0, 3))
+_backward_cuda = _cuda_leg("backward", "causal_conv1d_backward", ref.backward, slice(2, 5))
+_varlen_cuda = _cuda_leg("varlen_states", "causal_conv1d_varlen_states", ref.varlen_states,
+                         slice(0, 1))  # fmt: skip
+_update_cuda = _cuda_leg("update", "causal_conv1d_update", ref.update, slice(0, 4))
 
 
 def _example(device: torch.device, dtype: torch.dtype):
