@@ -54,6 +54,19 @@ def test_sequences_shorter_than_the_filter(tokens, mode):
     compare("backward", dy, torch.randn(states.shape), *args)
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [[[0, 0, -1], [-1, -1, -1], [-1, 2, 2], [1, -1, 1]], [[0, -1], [-1, -1], [-1, 2], [1, 1]]],
+)
+def test_rows_that_end_or_begin_in_padding(ids):
+    """No state is carried out of them, and no gradient back in."""
+    x, weight, bias, _, initial, _, dy = problem(4, len(ids[0]), 8, 4, F32)
+    args = (x, weight, bias, ints(ids), initial, None, True)
+    _, states = compare("forward", *args, True)
+    assert (states[:2] == 0).all()
+    compare("backward", dy, torch.randn(states.shape), *args)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 5, 0), (2, 0, 8)])
 def test_empty(shape):
     x, weight, bias, *packing, dy = problem(*shape, 4, F32)
