@@ -205,12 +205,18 @@ def test_plan():
         op.plan([(48, 136)], BF16, True, ("csrc",))
 
 
-def test_which_devices_have_the_matrix_units():
+def test_which_devices_have_the_matrix_units(monkeypatch):
     assert op.no_matrix_units((10, 0)) is op.no_matrix_units((12, 0)) is None
     for capability in ((8, 0), (9, 0), (11, 0)):
         assert "10.x or 12.x, this device has {}.{}".format(*capability) in op.no_matrix_units(
             capability
         )
+    monkeypatch.setattr(op._triton, "cuda_reason", lambda device: None)
+    monkeypatch.setattr(op._ext, "reason", lambda device: "the CUDA library is not built")
+    for capability, why in (((9, 0), "10.x or 12.x, this device has 9.0"), ((12, 0), "not built")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert why in op.reason(torch.device("cuda"))
+    monkeypatch.undo()
     row = backends("cpu")["nvfp4_gemm"]
     assert row["chosen"] == "reference" and "this is cpu" in row["rejected"]["csrc"]
     with pytest.raises(RuntimeError, match="backend 'csrc' of op 'nvfp4_gemm' cannot run on cpu"):

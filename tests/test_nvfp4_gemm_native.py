@@ -9,10 +9,11 @@ import pytest
 import torch
 from machine_code import compiled, functions_of, needs_nvcc, output
 
-from nemokernels import _build, swizzle_scales
-from nemokernels.ops.nvfp4.ref import swizzled_shape
+from nemokernels import _build, swizzle_scales, testing
+from nemokernels.ops.nvfp4.ref import quantize, swizzled_shape
 from nemokernels.ops.nvfp4_gemm import native, op, ref
 
+CPU = torch.device("cpu")
 needs_cutlass = pytest.mark.skipif(
     _build.find_cutlass() is None, reason="needs the wheel nvidia-cutlass; not installed"
 )
@@ -91,7 +92,7 @@ def test_swizzled_scales_lie_where_cutlass_reads_them(layout, rows, depth):
 
 @pytest.fixture
 def operands(host_library):
-    a, a_scales, b, b_scales, alpha = op._example_product(torch.device("cpu"), torch.float32)
+    a, a_scales, b, b_scales, alpha = op._example_product(CPU, torch.float32)
     out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
     return dict(a=a, a_scales=a_scales, b=b, b_scales=b_scales, alpha=alpha, out=out)
 
@@ -104,7 +105,6 @@ def shifted(t):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: {}, "this library has no NVFP4 products for this device"),
     (lambda t: dict(a=shifted(t["a"])), "aligned to 16 bytes"),
     (lambda t: dict(b_scales=shifted(t["b_scales"])), "aligned to 16 bytes"),
     (lambda t: dict(a=t["a"].int()), "contiguous bytes"),
@@ -117,14 +117,63 @@ def shifted(t):
     (lambda t: dict(alpha=t["alpha"].double()), "one float32 factor"),
 ])  # fmt: skip
 def test_dense_refuses(operands, change, message):
-    """The host's build has every check of the tensors and no kernel."""
     operands |= change(operands)
     with pytest.raises(RuntimeError, match=message):
         native._product(*operands.values())
 
 
+@pytest.mark.parametrize("m, n, k", [(1, 8, 32), (130, 136, 96), (7, 264, 160)])
+def test_the_host_multiplies_what_it_is_given(host_library, m, n, k):
+    """Plain loops in the place of CUTLASS: sizes, strides and the order of scales."""
+    a, a_scales, a_global = op._example_operand(CPU, m, k)
+    b, b_scales, b_global = op._example_operand(CPU, n, k)
+    args, alpha = (a, a_scales, b, b_scales), a_global * b_global
+    exact, low = ref.product(*args, alpha.double()), ref.product(*args, alpha)
+    testing.assert_matches(native.product(*args, alpha), exact, low)
+
+
+@pytest.mark.parametrize("squared_relu", [False, True])
+@pytest.mark.parametrize("ends", [(131, 131, 200, 200), (0, 1, 2, 2), (128, 256, 257, 300),
+                                  (0, 0, 0, 7)])  # fmt: skip
+def test_the_host_multiplies_groups(host_library, ends, squared_relu):
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    codes, scales, scale_2 = quantize(torch.randn(ends[-1], 96), None, 1, None)
+    b, b_scales, b_global = op._example_experts_weights(CPU, 136, 96)
+    args = codes, ref.group_scales(scales, offsets), b, b_scales
+    alpha = b_global * scale_2
+    low, exact = (ref.grouped_product(*args, t, offsets, squared_relu)
+                  for t in (alpha, alpha.double()))  # fmt: skip
+    got = native.grouped_product(*args, alpha, offsets, squared_relu)
+    testing.assert_matches(got, exact, low)
+
+
+@pytest.mark.parametrize(
+    "ends", [(900, 3, -7, 40), (-1, -1, -1, -1), (2**30, 0, 5, 1), (9, 3, 5, 12)]
+)
+def test_offsets_that_are_none_stay_in_bounds(host_library, ends):
+    """An expert has what lies behind the largest end before it; rows of none are not written."""
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    b, b_scales, alpha = op._example_experts_weights(CPU, 8, 32)
+    a = torch.randint(256, (40, 16), dtype=torch.uint8)
+    a_scales = torch.full((ref.padded_rows(40, 4), 4), 0x38, dtype=torch.uint8)  # ones
+    out = torch.full((40, 8), -5.25, dtype=torch.bfloat16)
+    native._grouped(a, a_scales, b, b_scales, alpha, offsets, False, out)
+    expert = torch.full((40,), -1)
+    last = 0
+    for e, end in enumerate(ends):
+        expert[last : min(end, 40)] = e if end > last else -1
+        last = max(last, min(end, 40))
+    assert (out[expert < 0] == -5.25).all()
+    for e in expert.unique().tolist():
+        if e >= 0:
+            rows = expert == e
+            want = ref.values(a, a_scales[:128], torch.float32)[rows] @ ref.values(
+                b[e], b_scales[e], torch.float32
+            ).T * alpha[e]  # fmt: skip
+            torch.testing.assert_close(out[rows].float(), want, rtol=2**-8, atol=1e-30)
+
+
 @pytest.mark.parametrize("change, message", [
-    (lambda t: {}, "this library has no NVFP4 products for this device"),
     (lambda t: dict(offsets=t["offsets"].long()), "int32 ends"),
     (lambda t: dict(offsets=t["offsets"][:0]), "int32 ends"),
     (lambda t: dict(offsets=t["offsets"][:3]), "as many as the sizes say"),
@@ -133,7 +182,7 @@ def test_dense_refuses(operands, change, message):
 ])  # fmt: skip
 def test_grouped_refuses(host_library, change, message):
     names = ("a", "a_scales", "b", "b_scales", "alpha", "offsets", "squared_relu")
-    args = dict(zip(names, op._example_grouped(torch.device("cpu"), torch.float32)))
+    args = dict(zip(names, op._example_grouped(CPU, torch.float32)))
     args["out"] = torch.empty(200, 136, dtype=torch.bfloat16)
     args |= change(args)
     with pytest.raises(RuntimeError, match=message):

@@ -33,16 +33,7 @@ struct SquaredRelu<cutlass::Array<T, N>> {
 template <class Table>
 __global__ void fill_table(Table table, Grouped p) {
   for (int64_t e = threadIdx.x; e < p.experts; e += blockDim.x) {
-    // Ends that decrease or lie beyond the rows make empty groups: nothing is read or written
-    // out of bounds whatever the offsets are.
-    int64_t first = 0, end = 0, scale_rows = 0;
-    for (int64_t i = 0; i <= e; ++i) {
-      scale_rows += (end - first + 127) / 128 * 128;
-      first = end;
-      const int64_t given = p.offsets[i] < p.rows ? p.offsets[i] : p.rows;
-      end = given > first ? given : first;
-    }
-    table.set(e, p, first, end - first, scale_rows);
+    table.set(e, group(p, e));
   }
 }
 
@@ -87,26 +78,19 @@ struct GroupedKernel {
       return used;
     }
 
-    __device__ void set(int64_t e, const Grouped& p, int64_t first, int64_t rows,
-                        int64_t scale_rows) const {
-      const auto size = cute::make_shape(int(rows), int(p.columns), int(p.depth), 1);
-      const int64_t scale_columns = (p.depth + 63) / 64 * 4;  // bytes
-      const int64_t b_scale_rows = (p.columns + 127) / 128 * 128;
-      const auto at = [](const void* base, int64_t bytes) {
-        return static_cast<const char*>(base) + bytes;
-      };
-      shape[e] = {int(rows), int(p.columns), int(p.depth)};
-      a[e] = reinterpret_cast<const Codes*>(at(p.a, first * p.depth / 2));
-      b[e] = reinterpret_cast<const Codes*>(at(p.b, e * p.columns * p.depth / 2));
-      a_scales[e] = reinterpret_cast<const Scale*>(at(p.a_scales, scale_rows * scale_columns));
-      b_scales[e] =
-          reinterpret_cast<const Scale*>(at(p.b_scales, e * b_scale_rows * scale_columns));
-      out[e] = static_cast<Out*>(p.out) + first * p.columns;
+    __device__ void set(int64_t e, const Dense& d) const {
+      const auto size = cute::make_shape(int(d.rows), int(d.columns), int(d.depth), 1);
+      shape[e] = {int(d.rows), int(d.columns), int(d.depth)};
+      a[e] = static_cast<const Codes*>(d.a);
+      b[e] = static_cast<const Codes*>(d.b);
+      a_scales[e] = static_cast<const Scale*>(d.a_scales);
+      b_scales[e] = static_cast<const Scale*>(d.b_scales);
+      out[e] = static_cast<Out*>(d.out);
       a_strides[e] = {};
       b_strides[e] = {};
       out_strides[e] = {};
-      cute::get<0>(a_strides[e]) = cute::get<0>(b_strides[e]) = p.depth;
-      cute::get<0>(out_strides[e]) = p.columns;
+      cute::get<0>(a_strides[e]) = cute::get<0>(b_strides[e]) = d.depth;
+      cute::get<0>(out_strides[e]) = d.columns;
       a_layout[e] = Layout::tile_atom_to_shape_SFA(size);
       b_layout[e] = Layout::tile_atom_to_shape_SFB(size);
     }

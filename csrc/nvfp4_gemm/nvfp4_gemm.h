@@ -41,6 +41,36 @@ struct Grouped {
   void* out;
 };
 
+// Bytes of the block scales of a matrix, padded to whole tiles.
+NEMO_HD int64_t scale_bytes(int64_t rows, int64_t depth) {
+  return ceil_div(rows, 128) * 128 * (ceil_div(depth, 64) * 4);
+}
+
+// What one expert of p multiplies. Ends that decrease or lie beyond the rows make empty groups:
+// nothing is read or written out of bounds whatever the offsets are.
+NEMO_HD Dense group(const Grouped& p, int64_t e) {
+  int64_t first = 0, end = 0, scales = 0;
+  for (int64_t i = 0; i <= e; ++i) {
+    scales += scale_bytes(end - first, p.depth);
+    first = end;
+    end = larger(first, smaller<int64_t>(p.offsets[i], p.rows));
+  }
+  const auto at = [](const void* base, int64_t bytes) {
+    return static_cast<const char*>(base) + bytes;
+  };
+  Dense d{};
+  d.rows = end - first;
+  d.columns = p.columns;
+  d.depth = p.depth;
+  d.a = at(p.a, first * p.depth / 2);
+  d.b = at(p.b, e * p.columns * p.depth / 2);
+  d.a_scales = at(p.a_scales, scales);
+  d.b_scales = at(p.b_scales, e * scale_bytes(p.columns, p.depth));
+  d.alpha = p.alpha + e;
+  d.out = const_cast<char*>(at(p.out, first * p.columns * 2));
+  return d;
+}
+
 // Bytes that a launch needs beside its operands.
 size_t workspace_sm100a(const Dense&);
 size_t workspace_sm100a(const Grouped&);

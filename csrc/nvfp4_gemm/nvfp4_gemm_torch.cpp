@@ -5,6 +5,10 @@
 #include "nvfp4_gemm/nvfp4_gemm.h"
 #include "torch_stable.h"
 
+#ifndef USE_CUDA
+#include "nvfp4_gemm/host.h"
+#endif
+
 namespace nemo::nvfp4_gemm {
 namespace {
 
@@ -20,11 +24,6 @@ const float* alphas(const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count,
                   "expected one float32 factor per product");
   return static_cast<const float*>(t.data_ptr());
-}
-
-// Bytes of the block scales of a matrix, padded to whole tiles.
-int64_t scale_bytes(int64_t rows, int64_t depth) {
-  return ceil_div(rows, 128) * 128 * (ceil_div(depth, 64) * 4);
 }
 
 template <class Problem>
@@ -68,8 +67,10 @@ void dispatch(const Problem& p, const Tensor& like, const OnDevice& device) {
 #ifdef NEMO_SM120A
   if (major == 12) return launch<Problem>(p, like, device, workspace_sm120a, run_sm120a);
 #endif
-#endif
   STD_TORCH_CHECK(false, "this library has no NVFP4 products for this device");
+#else
+  run_host(p);
+#endif
 }
 
 void product(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor alpha, Tensor out) {
