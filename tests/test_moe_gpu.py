@@ -82,7 +82,7 @@ def test_widths_of_the_models(tokens, shape):
 
 def test_random_routings():
     generator = torch.Generator().manual_seed(1)
-    for _ in range(100):
+    for _ in range(1000):
         tokens, experts = torch.randint(1, 200, (2,), generator=generator).tolist()
         top_k = 1 + tokens % min(experts, 5)
         check(*problem(tokens, experts, top_k, 72, 40, torch.bfloat16, skew=tokens % 9))
