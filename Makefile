@@ -21,7 +21,7 @@ test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal tests/interpret
 
 csrc-all: .venv/installed-test
-	.venv/bin/nemokernels build 90a 100a 120a
+	.venv/bin/nemokernels build --archs 90a 100a 120a
 	.venv/bin/python -m pytest -q -m all_of_csrc
 
 gpu: .venv/installed-test

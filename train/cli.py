@@ -45,7 +45,7 @@ def build(archs: tuple[str, ...] = (), jobs: int | None = None) -> int:
     """Compile the CUDA kernels with nvcc, for the GPU present or for the architectures named.
 
     Args:
-        archs: for example 90a 100a. The last two architectures need CUTLASS's headers.
+        archs: for example 90a 100a. 100a and 120a need CUTLASS's headers.
         jobs: compilers at a time; one that reads CUTLASS takes up to 6 GB. Default: the processors.
     """
     from nemokernels._build import build
