@@ -39,6 +39,14 @@ def test_equals_the_single_process(results, name, world):
                 testing.assert_matches(value, want[what], low[what], what)
 
 
+@pytest.mark.parametrize("name", vocabulary_worker.COMPILED)
+def test_compiles_as_one_graph(results, name):
+    for rank in range(4):
+        want = load_file(results / f"{name} 2 {rank}.safetensors")
+        for what, value in load_file(results / f"{name} {rank}.safetensors").items():
+            assert torch.equal(value, want[what]), what
+
+
 @pytest.mark.parametrize(
     ("rank", "change", "message"),
     [

@@ -17,6 +17,7 @@ CASES = {
     "float32": (77, {"label_smoothing": 0.1}, torch.float32),
     "bfloat16": (77, {"reduction": "none"}, torch.bfloat16),
 }
+COMPILED = ("all options", "bfloat16")  # over pairs, as one graph
 
 
 def problem(classes, dtype):
@@ -28,7 +29,7 @@ def problem(classes, dtype):
     return hidden, weight, targets
 
 
-def run(name, group=None, wide=False):
+def run(name, group=None, wide=False, compiled=False):
     """Loss, dhidden and dweight of a case: whole, or this rank's rows of the weight."""
     classes, options, dtype = CASES[name]
     hidden, weight, targets = problem(classes, dtype)
@@ -39,6 +40,9 @@ def run(name, group=None, wide=False):
         weight = chunks[group.rank()]
         options = {**options, "group": group, "vocab_size": classes}
     fn = lambda h, w: linear_cross_entropy(h, w, targets, **options)  # noqa: E731
+    if compiled:
+        torch._dynamo.reset()
+        fn = torch.compile(fn, backend="aot_eager", fullgraph=True)
     (loss,), (dhidden, dweight) = testing.gradients(fn, [hidden, weight])
     return {"loss": loss.detach(), "dhidden": dhidden, "dweight": dweight}
 
@@ -49,6 +53,8 @@ def main(out):
     for world, group in ((4, dist.group.WORLD), (2, pairs[dist.get_rank() // 2])):
         for name in CASES:
             save_file(run(name, group), out / f"{name} {world} {dist.get_rank()}.safetensors")
+    for name in COMPILED:
+        save_file(run(name, group, compiled=True), out / f"{name} {dist.get_rank()}.safetensors")
     dist.destroy_process_group()
 
 

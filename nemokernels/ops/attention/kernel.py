@@ -15,6 +15,7 @@ import triton.language as tl
 from nemokernels import _triton
 from nemokernels._tl import offset64, to_fp8
 from nemokernels._triton import cdiv
+from nemokernels.ops.attention.kernel_sequence import head_at
 
 
 @triton.jit
@@ -49,22 +50,10 @@ def attention_write_kernel(
     room,
     groups,
     dim,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_k_d,
-    stride_v_b,
-    stride_v_t,
-    stride_v_h,
-    stride_v_d,
-    stride_kc_s,
-    stride_kc_t,
-    stride_kc_h,
-    stride_kc_d,
-    stride_vc_s,
-    stride_vc_t,
-    stride_vc_h,
-    stride_vc_d,
+    k_strides,
+    v_strides,
+    kc_strides,
+    vc_strides,
     BLOCK_D: tl.constexpr,
 ):
     group = tl.program_id(0) % groups
@@ -73,18 +62,13 @@ def attention_write_kernel(
     slot, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
     d = tl.arange(0, BLOCK_D)
     mask = (d < dim) & held
-    k_at = offset64(b, stride_k_b) + offset64(t, stride_k_t) + offset64(group, stride_k_h)
-    k = tl.load(k_ptr + k_at + offset64(d, stride_k_d), mask=mask, other=0.0)
-    v_at = offset64(b, stride_v_b) + offset64(t, stride_v_t) + offset64(group, stride_v_h)
-    v = tl.load(v_ptr + v_at + offset64(d, stride_v_d), mask=mask, other=0.0)
-    place = length + t
-    k_at = offset64(slot, stride_kc_s) + offset64(place, stride_kc_t)
-    k_at += offset64(group, stride_kc_h)
-    k_at += offset64(d, stride_kc_d)
+    k_at = head_at(b, t, group, k_strides) + offset64(d, k_strides[3])
+    k = tl.load(k_ptr + k_at, mask=mask, other=0.0)
+    v_at = head_at(b, t, group, v_strides) + offset64(d, v_strides[3])
+    v = tl.load(v_ptr + v_at, mask=mask, other=0.0)
+    k_at = head_at(slot, length + t, group, kc_strides) + offset64(d, kc_strides[3])
     tl.store(k_cache_ptr + k_at, _stored(k, k_inverse, k_cache_ptr.dtype.element_ty), mask=mask)
-    v_at = offset64(slot, stride_vc_s) + offset64(place, stride_vc_t)
-    v_at += offset64(group, stride_vc_h)
-    v_at += offset64(d, stride_vc_d)
+    v_at = head_at(slot, length + t, group, vc_strides) + offset64(d, vc_strides[3])
     tl.store(v_cache_ptr + v_at, _stored(v, v_inverse, v_cache_ptr.dtype.element_ty), mask=mask)
 
 
@@ -109,18 +93,9 @@ def attention_part_kernel(
     heads,
     dim,
     parts,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_q_d,
-    stride_kc_s,
-    stride_kc_t,
-    stride_kc_h,
-    stride_kc_d,
-    stride_vc_s,
-    stride_vc_t,
-    stride_vc_h,
-    stride_vc_d,
+    q_strides,
+    kc_strides,
+    vc_strides,
     HAS_SLOPES: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -141,8 +116,7 @@ def attention_part_kernel(
         shared = heads // groups
         lane = tl.arange(0, BLOCK_H)
         head = group * shared + lane
-        q_at = offset64(b, stride_q_b) + offset64(t, stride_q_t)
-        q_at += offset64(head, stride_q_h)[:, None] + offset64(d, stride_q_d)[None, :]
+        q_at = head_at(b, t, head, q_strides)[:, None] + offset64(d, q_strides[3])[None, :]
         q_mask = (lane < shared)[:, None] & (d < dim)[None, :]
         q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
         if HAS_SLOPES:
@@ -150,8 +124,8 @@ def attention_part_kernel(
         top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         sums = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        k_base = k_cache_ptr + offset64(slot, stride_kc_s) + offset64(group, stride_kc_h)
-        v_base = v_cache_ptr + offset64(slot, stride_vc_s) + offset64(group, stride_vc_h)
+        k_base = k_cache_ptr + head_at(slot, 0, group, kc_strides)
+        v_base = v_cache_ptr + head_at(slot, 0, group, vc_strides)
         # Tiles of global tokens, then tiles of the window, in one loop that loads ahead.
         near = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
         global_end = tl.minimum(tl.minimum(global_tokens, near), end)
@@ -161,10 +135,10 @@ def attention_part_kernel(
             start = tl.where(tile < ahead, begin + tile * BLOCK_N, near + (tile - ahead) * BLOCK_N)
             key = start + tl.arange(0, BLOCK_N)
             visible = (key < seen) & ((key >= first) | (key < global_tokens))
-            k_at = offset64(d, stride_kc_d)[:, None] + offset64(key, stride_kc_t)[None, :]
+            k_at = offset64(d, kc_strides[3])[:, None] + offset64(key, kc_strides[1])[None, :]
             k_mask = (d < dim)[:, None] & visible[None, :]
             k = tl.load(k_base + k_at, mask=k_mask, other=0.0).to(q.dtype)
-            v_at = offset64(key, stride_vc_t)[:, None] + offset64(d, stride_vc_d)[None, :]
+            v_at = offset64(key, vc_strides[1])[:, None] + offset64(d, vc_strides[3])[None, :]
             v_mask = visible[:, None] & (d < dim)[None, :]
             v = tl.load(v_base + v_at, mask=v_mask, other=0.0).to(q.dtype)
             scores = tl.dot(q, k, input_precision="ieee") * scale
@@ -251,15 +225,15 @@ def with_cache(
     lengths, slots = lengths.contiguous(), slots.contiguous()
     attention_write_kernel[(rows * tokens * groups,)](
         k, v, k_cache, v_cache, lengths, slots, 1.0 / k_scale, 1.0 / v_scale, tokens, held, room,
-        groups, dim, *k.stride(), *v.stride(), *k_cache.stride(), *v_cache.stride(),
+        groups, dim, k.stride(), v.stride(), k_cache.stride(), v_cache.stride(),
         BLOCK_D=config.block_d, num_warps=1,
     )  # fmt: skip
     sums = q.new_empty(rows, tokens, heads, parts, dim, dtype=torch.float32)
     top, total = q.new_empty(2, rows, tokens, heads, parts, dtype=torch.float32)
     attention_part_kernel[(rows * tokens * groups * parts,)](
         q, k_cache, v_cache, lengths, slots, slopes, sums, top, total, scale * k_scale, window,
-        global_tokens, tokens, held, room, groups, heads, dim, parts, *q.stride(),
-        *k_cache.stride(), *v_cache.stride(), HAS_SLOPES=has_slopes, PART=config.part,
+        global_tokens, tokens, held, room, groups, heads, dim, parts, q.stride(),
+        k_cache.stride(), v_cache.stride(), HAS_SLOPES=has_slopes, PART=config.part,
         BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

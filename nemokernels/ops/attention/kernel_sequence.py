@@ -61,11 +61,26 @@ def _tile(table_ptr, tile, tiles, length, PACKED: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _rows(ptr, stride_row, stride_d, row, rows, d, dim):
+def head_at(b, token, head, strides):
+    # Where in (B, T, H, D) a token's head begins.
+    return offset64(b, strides[0]) + offset64(token, strides[1]) + offset64(head, strides[2])
+
+
+@triton.jit
+def _rows(ptr, strides, row, rows, d, dim):
     # (rows, D) of one head, zero past the sequence and the head.
     mask = (row < rows)[:, None] & (d < dim)[None, :]
-    at = offset64(row, stride_row)[:, None] + offset64(d, stride_d)[None, :]
+    at = offset64(row, strides[1])[:, None] + offset64(d, strides[3])[None, :]
     return tl.load(ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _queries(table_ptr, tiles, length, heads, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    # This program's head, and of its tile of queries what _tile says.
+    head = tl.program_id(0) % heads
+    tile = tiles - 1 - tl.program_id(0) // heads  # a row's longest first
+    b, start, end, first = _tile(table_ptr, tile, tiles, length, PACKED, BLOCK)
+    return head, b, start, end, first
 
 
 @triton.jit
@@ -82,28 +97,35 @@ def _scores(qk, place, key, keys, slope, scale, window, global_tokens, SLOPES: t
 
 
 @triton.jit
-def _runs(first, last, keys, window, global_tokens, BLOCK: tl.constexpr):
-    # Of queries from position first to last: end of the global run, start of the window's, of what
-    # all of them see, of the diagonal, and the end. All but the last are multiples of BLOCK.
-    end = tl.minimum(last + 1, keys)
+def _run(RUN: tl.constexpr, first, count, keys, window, global_tokens, BLOCK: tl.constexpr):
+    # Begin and end of a run of keys for count queries from position first: 0, global tokens; 1,
+    # where windows begin; 2, what all queries see; 3, the diagonal. All but the last end are
+    # multiples of BLOCK.
+    last = tl.minimum(first + count, keys) - 1
     near = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
-    far = tl.minimum(tl.cdiv(tl.minimum(global_tokens, near), BLOCK) * BLOCK, near)
     diagonal = tl.maximum((first + 1) // BLOCK * BLOCK, near)
     full = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK) * BLOCK
     full = tl.minimum(tl.maximum(full, near), diagonal)
-    return far, near, full, diagonal, end
+    if RUN == 0:
+        return 0, tl.minimum(tl.cdiv(tl.minimum(global_tokens, near), BLOCK) * BLOCK, near)
+    elif RUN == 1:
+        return near, full
+    elif RUN == 2:
+        return full, diagonal
+    else:
+        return diagonal, tl.minimum(last + 1, keys)
 
 
 @triton.jit
 def _attend(
     acc, top, total, q, k_ptr, v_ptr, begin, end, place, keys, slope, scale, window, global_tokens,
-    dim, stride_k_t, stride_k_d, stride_v_t, stride_v_d, SLOPES: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dim, k_strides, v_strides, SLOPES: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = _rows(k_ptr, stride_k_t, stride_k_d, key, keys, d, dim)
+        k = _rows(k_ptr, k_strides, key, keys, d, dim)
         qk = tl.dot(q, k.T, input_precision="ieee")
         scores = _scores(qk, place[:, None], key[None, :], keys, slope, scale, window,
                          global_tokens, SLOPES, MASKED)  # fmt: skip
@@ -111,7 +133,7 @@ def _attend(
         base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
         p = tl.exp(scores - base[:, None])
         fade = tl.exp(top - base)
-        v = _rows(v_ptr, stride_v_t, stride_v_d, key, keys, d, dim)
+        v = _rows(v_ptr, v_strides, key, keys, d, dim)
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = higher
@@ -136,18 +158,9 @@ def attention_forward_kernel(
     heads,
     groups,
     dim,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_q_d,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_k_d,
-    stride_v_b,
-    stride_v_t,
-    stride_v_h,
-    stride_v_d,
+    q_strides,
+    k_strides,
+    v_strides,
     PACKED: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -155,45 +168,26 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head = tl.program_id(0) % heads
-    tile = tiles - 1 - tl.program_id(0) // heads  # a row's longest first
-    b, start, end, first = _tile(table_ptr, tile, tiles, length, PACKED, BLOCK_M)
+    head, b, start, end, first = _queries(table_ptr, tiles, length, heads, PACKED, BLOCK_M)
     if first >= end - start:
         return
     ahead = 0 if PACKED else keys - length
     seen = end - start + ahead
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q_at = offset64(b, stride_q_b) + offset64(start, stride_q_t) + offset64(head, stride_q_h)
-    q = _rows(q_ptr + q_at, stride_q_t, stride_q_d, m, end - start, d, dim)
-    k_at = offset64(b, stride_k_b) + offset64(start, stride_k_t) + offset64(group, stride_k_h)
-    v_at = offset64(b, stride_v_b) + offset64(start, stride_v_t) + offset64(group, stride_v_h)
+    q = _rows(q_ptr + head_at(b, start, head, q_strides), q_strides, m, end - start, d, dim)
+    k_ptr += head_at(b, start, group, k_strides)
+    v_ptr += head_at(b, start, group, v_strides)
     slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    far, near, full, diagonal, stop = _runs(
-        first + ahead,
-        tl.minimum(first + ahead + BLOCK_M, seen) - 1,
-        seen,
-        window,
-        global_tokens,
-        BLOCK_N,
-    )
     for run in tl.static_range(0 if WINDOW else 2, 4):
-        if run == 0:
-            from_key, to_key = 0, far
-        elif run == 1:
-            from_key, to_key = near, full
-        elif run == 2:
-            from_key, to_key = full, diagonal
-        else:
-            from_key, to_key = diagonal, stop
+        begin, stop = _run(run, first + ahead, BLOCK_M, seen, window, global_tokens, BLOCK_N)
         acc, top, total = _attend(
-            acc, top, total, q, k_ptr + k_at, v_ptr + v_at, from_key, to_key, place, seen, slope,
-            scale, window, global_tokens, dim, stride_k_t, stride_k_d, stride_v_t, stride_v_d,
-            SLOPES, run != 2, BLOCK_N, BLOCK_D,
+            acc, top, total, q, k_ptr, v_ptr, begin, stop, place, seen, slope, scale, window,
+            global_tokens, dim, k_strides, v_strides, SLOPES, run != 2, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     at = offset64(b, length) + start + m
     at = at * heads + head
@@ -207,8 +201,7 @@ def attention_forward_kernel(
 
 @triton.jit
 def attention_delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, length, heads, dim, stride_o_b, stride_o_t, stride_o_h,
-    stride_o_d, stride_do_b, stride_do_t, stride_do_h, stride_do_d, BLOCK_M: tl.constexpr,
+    out_ptr, dout_ptr, delta_ptr, length, heads, dim, o_strides, do_strides, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_M)
@@ -216,10 +209,8 @@ def attention_delta_kernel(
     head = tl.program_id(0) // blocks % heads
     b = tl.program_id(0) // blocks // heads
     m, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    o_at = offset64(b, stride_o_b) + offset64(head, stride_o_h)
-    out = _rows(out_ptr + o_at, stride_o_t, stride_o_d, m, length, d, dim)
-    do_at = offset64(b, stride_do_b) + offset64(head, stride_do_h)
-    dout = _rows(dout_ptr + do_at, stride_do_t, stride_do_d, m, length, d, dim)
+    out = _rows(out_ptr + head_at(b, 0, head, o_strides), o_strides, m, length, d, dim)
+    dout = _rows(dout_ptr + head_at(b, 0, head, do_strides), do_strides, m, length, d, dim)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     at = (offset64(b, heads) + head) * length + m
     tl.store(delta_ptr + at, delta, mask=m < length)
@@ -228,14 +219,14 @@ def attention_delta_kernel(
 @triton.jit
 def _dq(
     acc, q, dout, lse, delta, k_ptr, v_ptr, begin, end, place, keys, slope, scale, window,
-    global_tokens, dim, stride_k_t, stride_k_d, stride_v_t, stride_v_d, SLOPES: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    global_tokens, dim, k_strides, v_strides, SLOPES: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = _rows(k_ptr, stride_k_t, stride_k_d, key, keys, d, dim)
-        v = _rows(v_ptr, stride_v_t, stride_v_d, key, keys, d, dim)
+        k = _rows(k_ptr, k_strides, key, keys, d, dim)
+        v = _rows(v_ptr, v_strides, key, keys, d, dim)
         qk = tl.dot(q, k.T, input_precision="ieee")
         scores = _scores(qk, place[:, None], key[None, :], keys, slope, scale, window,
                          global_tokens, SLOPES, MASKED)  # fmt: skip
@@ -266,22 +257,10 @@ def attention_dq_kernel(
     heads,
     groups,
     dim,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_q_d,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_k_d,
-    stride_v_b,
-    stride_v_t,
-    stride_v_h,
-    stride_v_d,
-    stride_do_b,
-    stride_do_t,
-    stride_do_h,
-    stride_do_d,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
     PACKED: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -289,9 +268,7 @@ def attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head = tl.program_id(0) % heads
-    tile = tiles - 1 - tl.program_id(0) // heads
-    b, start, end, first = _tile(table_ptr, tile, tiles, length, PACKED, BLOCK_M)
+    head, b, start, end, first = _queries(table_ptr, tiles, length, heads, PACKED, BLOCK_M)
     if first >= end - start:
         return
     ahead = 0 if PACKED else keys - length
@@ -299,39 +276,21 @@ def attention_dq_kernel(
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask = m < end - start
-    q_at = offset64(b, stride_q_b) + offset64(start, stride_q_t) + offset64(head, stride_q_h)
-    q = _rows(q_ptr + q_at, stride_q_t, stride_q_d, m, end - start, d, dim)
-    do_at = offset64(b, stride_do_b) + offset64(start, stride_do_t) + offset64(head, stride_do_h)
-    dout = _rows(dout_ptr + do_at, stride_do_t, stride_do_d, m, end - start, d, dim)
+    q = _rows(q_ptr + head_at(b, start, head, q_strides), q_strides, m, end - start, d, dim)
+    dout = _rows(dout_ptr + head_at(b, start, head, do_strides), do_strides, m, end - start, d, dim)
     at = (offset64(b, heads) + head) * length + start + m
     lse = tl.load(lse_ptr + at, mask=mask, other=0.0)
     delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
-    k_at = offset64(b, stride_k_b) + offset64(start, stride_k_t) + offset64(group, stride_k_h)
-    v_at = offset64(b, stride_v_b) + offset64(start, stride_v_t) + offset64(group, stride_v_h)
+    k_ptr += head_at(b, start, group, k_strides)
+    v_ptr += head_at(b, start, group, v_strides)
     slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    far, near, full, diagonal, stop = _runs(
-        first + ahead,
-        tl.minimum(first + ahead + BLOCK_M, seen) - 1,
-        seen,
-        window,
-        global_tokens,
-        BLOCK_N,
-    )
     for run in tl.static_range(0 if WINDOW else 2, 4):
-        if run == 0:
-            from_key, to_key = 0, far
-        elif run == 1:
-            from_key, to_key = near, full
-        elif run == 2:
-            from_key, to_key = full, diagonal
-        else:
-            from_key, to_key = diagonal, stop
+        begin, stop = _run(run, first + ahead, BLOCK_M, seen, window, global_tokens, BLOCK_N)
         acc = _dq(
-            acc, q, dout, lse, delta, k_ptr + k_at, v_ptr + v_at, from_key, to_key, place, seen,
-            slope, scale, window, global_tokens, dim, stride_k_t, stride_k_d, stride_v_t,
-            stride_v_d, SLOPES, run != 2, BLOCK_N, BLOCK_D,
+            acc, q, dout, lse, delta, k_ptr, v_ptr, begin, stop, place, seen, slope, scale,
+            window, global_tokens, dim, k_strides, v_strides, SLOPES, run != 2, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     at = offset64(b, length) + start + m
     at = offset64(at * heads + head, dim)[:, None] + d[None, :]
@@ -342,14 +301,14 @@ def attention_dq_kernel(
 @triton.jit
 def _dkdv(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, end, key, queries, ahead, slope,
-    scale, window, global_tokens, dim, stride_q_t, stride_q_d, stride_do_t, stride_do_d,
-    SLOPES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale, window, global_tokens, dim, q_strides, do_strides, SLOPES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        q = _rows(q_ptr, stride_q_t, stride_q_d, m, queries, d, dim)
-        dout = _rows(dout_ptr, stride_do_t, stride_do_d, m, queries, d, dim)
+        q = _rows(q_ptr, q_strides, m, queries, d, dim)
+        dout = _rows(dout_ptr, do_strides, m, queries, d, dim)
         # A query past the end has probability zero.
         lse = tl.load(lse_ptr + m, mask=m < queries, other=float("inf"))
         delta = tl.load(delta_ptr + m, mask=m < queries, other=0.0)
@@ -385,22 +344,10 @@ def attention_dkdv_kernel(
     heads,
     groups,
     dim,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_q_d,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_k_d,
-    stride_v_b,
-    stride_v_t,
-    stride_v_h,
-    stride_v_d,
-    stride_do_b,
-    stride_do_t,
-    stride_do_h,
-    stride_do_d,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
     PACKED: tl.constexpr,
     SLOPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -415,10 +362,8 @@ def attention_dkdv_kernel(
     ahead = 0 if PACKED else keys - length
     queries = end - start - ahead
     n, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k_at = offset64(b, stride_k_b) + offset64(start, stride_k_t) + offset64(group, stride_k_h)
-    k = _rows(k_ptr + k_at, stride_k_t, stride_k_d, n, end - start, d, dim)
-    v_at = offset64(b, stride_v_b) + offset64(start, stride_v_t) + offset64(group, stride_v_h)
-    v = _rows(v_ptr + v_at, stride_v_t, stride_v_d, n, end - start, d, dim)
+    k = _rows(k_ptr + head_at(b, start, group, k_strides), k_strides, n, end - start, d, dim)
+    v = _rows(v_ptr + head_at(b, start, group, v_strides), v_strides, n, end - start, d, dim)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Queries from the first that sees a key of the tile to the last. Every pair is masked: a second
@@ -429,15 +374,14 @@ def attention_dkdv_kernel(
         highest = tl.minimum(queries, first + BLOCK_N - 1 + window - ahead)
     shared = heads // groups
     for head in range(group * shared, (group + 1) * shared):
-        q_at = offset64(b, stride_q_b) + offset64(start, stride_q_t) + offset64(head, stride_q_h)
-        do_at = offset64(b, stride_do_b) + offset64(start, stride_do_t)
-        do_at += offset64(head, stride_do_h)
+        q_at = head_at(b, start, head, q_strides)
+        do_at = head_at(b, start, head, do_strides)
         sums_at = (offset64(b, heads) + head) * length + start
         slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
         dk, dv = _dkdv(
             dk, dv, k, v, q_ptr + q_at, dout_ptr + do_at, lse_ptr + sums_at, delta_ptr + sums_at,
             lowest, highest, n, queries, ahead, slope, scale, window, global_tokens, dim,
-            stride_q_t, stride_q_d, stride_do_t, stride_do_d, SLOPES, BLOCK_M, BLOCK_D,
+            q_strides, do_strides, SLOPES, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     at = offset64(b, keys) + start + n
     at = offset64(at * groups + group, dim)[:, None] + d[None, :]
@@ -457,7 +401,7 @@ def forward(q, k, v, cu_seqlens, slopes, scale, window, global_tokens, config):
     slopes, rule, flags = _rule(slopes, scale, window, global_tokens, keys)
     attention_forward_kernel[(tiles * heads,)](
         q, k, v, slopes, table, out, lse, *rule, tiles, length, keys, heads, groups, dim,
-        *q.stride(), *k.stride(), *v.stride(), PACKED=cu_seqlens is not None, **flags,
+        q.stride(), k.stride(), v.stride(), PACKED=cu_seqlens is not None, **flags,
         WINDOW=window is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -475,12 +419,12 @@ def backward(
         return dq, dk, dv
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     attention_delta_kernel[(rows * heads * cdiv(length, 64),)](
-        out, dout, delta, length, heads, dim, *out.stride(), *dout.stride(), BLOCK_M=64,
+        out, dout, delta, length, heads, dim, out.stride(), dout.stride(), BLOCK_M=64,
         BLOCK_D=config.block_d, num_warps=4,
     )  # fmt: skip
     slopes, rule, flags = _rule(slopes, scale, window, global_tokens, keys)
     sizes = length, keys, heads, groups, dim
-    strides = *q.stride(), *k.stride(), *v.stride(), *dout.stride()
+    strides = q.stride(), k.stride(), v.stride(), dout.stride()
     flags |= dict(PACKED=cu_seqlens is not None, BLOCK_D=config.block_d,
                   num_warps=config.num_warps, num_stages=config.num_stages)  # fmt: skip
     tiles, table = _tiles(cu_seqlens, rows, keys, config.block_m)
