@@ -17,6 +17,7 @@ def test_nemotron_shapes_run_on_triton_unsplit():
     for heads in (64, 96, 112, 128, 256):
         config = plan(heads=heads)
         assert (config.backend, config.segment, config.chunk) == ("triton", 0, 64)
+        assert (config.span, config.square) == (128, 64)
         assert config.tma and config.tma_met
 
 
@@ -59,6 +60,16 @@ def test_the_rest():
 @pytest.mark.parametrize("capability", [(8, 0), HOPPER, (10, 0), (12, 0)])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("state", [1, 16, 100, 128, 200, 256])
-def test_segments_are_whole_chunks(state, dtype, capability):
+def test_segments_chunks_and_tiles_divide(state, dtype, capability):
     config = plan(1, 99999, 2, 64, state, (dtype,), capability=capability)
-    assert config.segment % config.chunk == 0 and config.segment > 0
+    assert config.segment % config.span == 0 and config.segment > 0
+    assert config.span % config.chunk == 0 and config.span // config.square in (1, 2)
+    assert dtype != F32 or config.span == config.square  # see ssd_scores_backward_kernel
+
+
+def test_heads_of_several_blocks_have_fewer_stages():
+    """The kernels over chunks load all blocks of a head in one stage."""
+    assert plan(width=64).group == (8, 3)
+    assert plan(width=80).group == (8, 2) and plan(width=80).scores == (4, 2)
+    assert plan(width=129).group == plan(width=80, capability=(10, 0)).group == (8, 1)
+    assert plan(width=80, dtypes=(F32,)).group == (8, 1)

@@ -9,7 +9,9 @@ from nemokernels import testing
 from nemokernels.ops.ssd import kernel, op, ref
 
 INF = float("inf")
-CONFIG = op.Config("triton", chunk=16)
+# Chunks of two tiles, whose scores are one square for float32 and three for float16.
+CONFIG = op.Config("triton", chunk=16, span=32, square=16)
+CONFIGS = {torch.float16: CONFIG, torch.float32: replace(CONFIG, square=32)}
 INPUTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens")
 GRADS = ("dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dinitial")
 
@@ -41,7 +43,7 @@ def inputs(batch=1, length=37, heads=2, width=16, groups=1, state=16, dtype=torc
     return {**made, **dict.fromkeys(without)}
 
 
-CHUNKS = (16, 5, 8, 11, 23, 64)
+CHUNKS = (16, 5, 8, 11, 23, 32, 64)
 
 
 def worst(exact, candidates):
@@ -57,8 +59,9 @@ def worst(exact, candidates):
     return [max(lows, key=lambda low: error(low, want)) for want, *lows in zip(exact, *candidates)]
 
 
-def compare(made, config=CONFIG, softplus=True, limit=(0.0, INF)):
+def compare(made, config=None, softplus=True, limit=(0.0, INF)):
     """Forward and backward of the kernels within the budget of the reference; returns them."""
+    config = config or CONFIGS[made["x"].dtype]
     args, options = [made[name] for name in INPUTS], (softplus, *limit)
     got = kernel.forward(*args, *options, config=config)
     exact = ref.forward(*testing.to_double(args), 16, *options, None)
@@ -92,7 +95,7 @@ CASES = {
     "group per head": dict(groups=2, per_channel=True),
     "padded blocks": dict(width=80, state=24, length=20, per_channel=True),
     "tiny blocks": dict(width=3, state=5, length=20, heads=6, groups=2),
-    "sequences": dict(batch=2, seq_idx=SEQ_IDX),
+    "sequences": dict(batch=2, heads=4, seq_idx=SEQ_IDX),
     "sequences, no gate": dict(seq_idx=SEQ_IDX[:1], without=("z", "initial_states")),
     "packed": dict(cu_seqlens=BOUNDS),
     "packed, padding": dict(cu_seqlens=BOUNDS, seq_idx=SEQ_IDX[:1], without=("z",)),
@@ -108,7 +111,7 @@ def test_matches_reference(case, dtype):
 @pytest.mark.parametrize("case", ["no gate", "padded blocks", "one token"])
 def test_descriptors(case):
     """The same bits as through pointers, which test_matches_reference holds to the reference."""
-    made = inputs(**CASES[case], dtype=torch.float16)
+    made = inputs(**{**CASES[case], "heads": 2, "groups": 1}, dtype=torch.float16)
     x, *rest = args = [made[n] for n in INPUTS]
     sizes = kernel.layout(x, made["B"], None, None, chunk=16, block_p=64, tma=True)
     assert kernel._settle(sizes, x, made["B"]).TMA
@@ -127,17 +130,22 @@ def test_descriptors_only_where_aligned():
 
 
 @pytest.mark.parametrize(
-    ("case", "segment"), [("none", 16), ("sequences", 16), ("sequences", 32), ("packed", 16)]
-)
-def test_segments(case, segment):
-    compare(inputs(**CASES[case]), replace(CONFIG, segment=segment))
+    ("case", "segment", "dtype"),
+    [("none", 32, torch.float32), ("sequences", 32, torch.float32),
+     ("sequences, no gate", 16, torch.float16), ("packed", 16, torch.float16)],
+)  # fmt: skip
+def test_segments(case, segment, dtype):
+    config = replace(CONFIGS[dtype], segment=segment)
+    if segment == 16:
+        config = replace(config, span=16)
+    compare(inputs(**CASES[case], dtype=dtype), config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_planned_configuration(dtype):
     """What plan() returns for Nemotron's head, state and chunk sizes, on one group."""
-    made = inputs(length=130, width=64, state=128, dtype=dtype)
-    compare(made, op.plan(1, 130, 2, 64, 128, (dtype,), None, ("triton",), (9, 0), 132))
+    made = inputs(length=200, heads=4, width=64, state=128, dtype=dtype)
+    compare(made, op.plan(1, 200, 4, 64, 128, (dtype,), None, ("triton",), (9, 0), 132))
 
 
 def test_steps_without_softplus_and_with_limits():
@@ -150,7 +158,7 @@ def test_steps_without_softplus_and_with_limits():
 
 
 def test_strong_decay_neither_overflows_nor_becomes_nan():
-    made = inputs()
+    made = inputs(heads=6)
     made["A"] *= 1e30
     compare(made)
 
@@ -201,13 +209,13 @@ def test_padding_is_zero_where_the_state_is_not_finite():
     made = inputs(seq_idx=SEQ_IDX[:1], without=("z",))
     made["initial_states"][:] = torch.nan
     args, options, pad = [made[n] for n in INPUTS], (True, 0.0, INF), made["seq_idx"] < 0
-    out, final, ungated = kernel.forward(*args, *options, config=CONFIG)
+    out, final, ungated = kernel.forward(*args, *options, config=CONFIGS[torch.float32])
     nan = torch.full_like(final, torch.nan)
-    grads = kernel.backward(out, nan, *args, ungated, *options, config=CONFIG)
+    grads = kernel.backward(out, nan, *args, ungated, *options, config=CONFIGS[torch.float32])
     assert out[:, 0].isnan().all() and grads[0][:, -5].isnan().all()
     assert all((t[pad] == 0).all() for t in (out, *(grads[i] for i in (0, 1, 3, 4))))
 
 
 def test_malformed_bounds_stay_inside_the_tensors():
     made = inputs(cu_seqlens=[0, 90, -7, 20])
-    kernel.forward(*[made[n] for n in INPUTS], True, 0.0, INF, config=CONFIG)
+    kernel.forward(*[made[n] for n in INPUTS], True, 0.0, INF, config=CONFIGS[torch.float32])

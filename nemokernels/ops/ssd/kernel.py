@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.runtime.driver import driver
@@ -116,7 +116,7 @@ def _sources(sizes: Layout, wide: list[torch.Tensor], narrow: list[torch.Tensor]
 def _settle(sizes: Layout, *tensors: torch.Tensor) -> Layout:
     """The layout, without TMA if a tensor is not aligned for it."""
     if sizes.TMA and not all(map(_describable, tensors)):
-        return Layout(**{**vars(sizes), "TMA": False})
+        return replace(sizes, TMA=False)
     return sizes
 
 
@@ -219,8 +219,9 @@ def backward(
 ):  # fmt: skip
     """As ref.backward; ``config`` is an op.Config."""
     x, B, C, dy = unit_last(x), unit_last(B), unit_last(C), unit_last(dout)
-    sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.chunk, block_p=config.block_p,
+    sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.span, block_p=config.block_p,
                    tma=config.tma)  # fmt: skip
+    squares = config.span // config.square  # along one side of a chunk's scores
     S, K, H, P, N, blocks = sizes.S, sizes.K, sizes.H, sizes.P, sizes.N, sizes.blocks
     wide = {"dtype": torch.float32}
     absent = x.new_empty(0)
@@ -229,7 +230,7 @@ def backward(
     dA, dbias = sizes.empty(x, K, H, **wide), sizes.empty(x, K, H, **wide)
     D_axes = 0 if D is None else D.dim()
     parts = {0: 1, 1: blocks, 2: P}[D_axes]
-    dD = sizes.empty(x, K, H, parts, **wide) if D_axes else None
+    dD = sizes.empty(x, K * squares, H, parts, **wide) if D_axes else None
     dz = absent if z is None else sizes.empty(x, *x.shape, dtype=z.dtype)
     dinitial = absent if initial_states is None else initial_states.new_empty(S, H, P, N)
 
@@ -248,10 +249,10 @@ def backward(
     D_here = D_axes  # where dD is made: with a gate, from the gradient before it is rounded
     if z is not None and K:
         dy, go, D_here = sizes.empty(x, *x.shape), dy, 0
-        backward_kernels.ssd_gate_backward_kernel[(K, H, blocks)](
+        backward_kernels.ssd_gate_backward_kernel[(K * squares, H, blocks)](
             go, z, ungated, x, dz, dy, dD, *chunk_map, sizes.T, sizes.NC, S, H, *go.stride()[:3],
-            *x.stride()[:3], *z.stride(), P=P, L=sizes.length, BLOCK_P=sizes.BLOCK_P,
-            D_AXES=D_axes, **sizes.flags, num_warps=4,
+            *x.stride()[:3], *z.stride(), P=P, L=config.square, SPAN=config.span,
+            BLOCK_P=sizes.BLOCK_P, D_AXES=D_axes, **sizes.flags, num_warps=4,
         )  # fmt: skip
     sizes = _settle(sizes, x, dy, B, C, dx, dB)
     a, b, d = _steps(sizes, x, dt, rate, bias, dt_softplus, dt_min, dt_max, True)
@@ -270,13 +271,14 @@ def backward(
     _states(sizes, x, B, start, a, b, segments=segments, segment=segment, reverse=False,
             met=kept[0], tma_met=tma_met, launch=config.states)  # fmt: skip
     start, _, _ = _enter_segments(sizes, dy, C, dfinal.contiguous(), a, b, reverse=True, **walk)
-    dys, dxs, bs, cs = _sources(sizes, [dy, dx], [B, C])
+    walked = replace(sizes, length=config.chunk)
+    dys, dxs, bs, cs = _sources(walked, [dy, dx], [B, C])
     strides = dict(x=x.stride()[:3], y=dy.stride()[:3], b=B.stride()[:3], c=C.stride()[:3])
     backward_kernels.ssd_walk_backward_kernel[(S * H * blocks, segments)](
         dys, bs, cs, dxs, skip, start, kept[1], dinitial, a, b, sizes.seq_idx, sizes.ids,
         sizes.bounds, sizes.first, sizes.T, sizes.NC, K, H, H // sizes.G, segment,
-        *strides["y"], *strides["b"], *strides["c"], **sizes.tiles, D_AXES=D_axes,
-        HAS_INITIAL=initial is not None, TMA_MET=tma_met, **_launch(config.walk),
+        *strides["y"], *strides["b"], *strides["c"], **walked.tiles, SPAN=config.span,
+        D_AXES=D_axes, HAS_INITIAL=initial is not None, TMA_MET=tma_met, **_launch(config.walk),
     )  # fmt: skip
     if K == 0:
         return results()
@@ -284,51 +286,54 @@ def backward(
     # Within each chunk, one program per group: the scores, then B and C.
     chunk_map = (sizes.seq_idx, sizes.ids, sizes.bounds, sizes.first, sizes.owner)
     dscores = x.new_empty(K, sizes.G, sizes.length, sizes.length)
-    u, v, r, p = (torch.empty_like(a) for _ in range(4))
+    sums = a.new_empty(squares + 1, *a.shape)
+    r, p = torch.empty_like(a), torch.empty_like(a)
     through = a.new_empty(H, K)
     ints = (sizes.T, sizes.NC, K, S, H, sizes.G, H // sizes.G)
-    xs, dys, bs, cs, dBs, dCs = _sources(sizes, [x, dy], [B, C, dB, dC])
-    grid = (K * sizes.G,)
-    backward_kernels.ssd_scores_backward_kernel[grid](
-        xs, dys, bs, cs, dscores, dD, u, v, a, d, *chunk_map, *ints, *strides["x"], *strides["y"],
-        *strides["b"], *strides["c"], **sizes.tiles, D_AXES=D_here, **_launch(config.scores),
+    squared = replace(sizes, length=config.square)
+    backward_kernels.ssd_scores_backward_kernel[(K * sizes.G * (2 * squares - 1),)](
+        *_sources(squared, [x, dy], [B, C]), dscores, dD, sums, a, d, *chunk_map, *ints,
+        *strides["x"], *strides["y"], *strides["b"], *strides["c"], **squared.tiles,
+        SPAN=config.span, D_AXES=D_here, **_launch(config.scores),
     )  # fmt: skip
+    xs, dys, bs, cs, dBs, dCs = _sources(sizes, [x, dy], [B, C, dB, dC])
     for source, states, grad, w, of in ((xs, leaving, dBs, r, "x"), (dys, met, dCs, p, "y")):
-        backward_kernels.ssd_group_backward_kernel[grid](
+        backward_kernels.ssd_group_backward_kernel[(K * sizes.G,)](
             source, bs, cs, states, leaving, dscores, grad, w, through, a, d, *chunk_map, *ints,
-            *strides[of], *strides["b"], *strides["c"], **sizes.tiles, OF_C=of == "y",
-            **_launch(config.group),
+            *strides[of], *strides["b"], *strides["c"], **sizes.tiles, SQUARE=config.square,
+            OF_C=of == "y", **_launch(config.group),
         )  # fmt: skip
     backward_kernels.ssd_steps_backward_kernel[(K, cdiv(H, HEADS_PER_PROGRAM))](
-        dt, bias, rate, u, v, r, p, d, through, ddt, dA, dbias, sizes.seq_idx, sizes.bounds,
+        dt, bias, rate, sums, r, p, d, through, ddt, dA, dbias, sizes.seq_idx, sizes.bounds,
         sizes.first, sizes.owner, sizes.T, sizes.NC, K, S, H, *dt.stride(), dt_min, dt_max,
         L=sizes.length, BLOCK_H=HEADS_PER_PROGRAM, SOFTPLUS=dt_softplus,
-        HAS_BIAS=dt_bias is not None, **sizes.flags,
-        EXACT=x.dtype == torch.float32, num_warps=4,
+        HAS_BIAS=dt_bias is not None, **sizes.flags, EXACT=x.dtype == torch.float32,
+        HAS_CROSS=squares > 1, num_warps=4,
     )  # fmt: skip
     return results()
 
 
 def specialisations():
-    """Nemotron-H 8B and Nano 3 in bfloat16, packed and long; float32; the largest state."""
+    """Nemotron-H 8B and Nano 3 in bfloat16, packed and long; 80 wide; float32; largest states."""
     from nemokernels.ops.ssd.op import plan
 
-    def launch(grad, batch=8, tokens=4096, heads=128, state=128, dtype=torch.bfloat16, rows=None):
+    def launch(grad, batch=8, tokens=4096, heads=128, width=64, state=128, dtype=torch.bfloat16,
+               rows=None):  # fmt: skip
         def new(*shape, dtype=dtype):
             return torch.empty(shape, device="meta", dtype=dtype)
 
         def run():
             capability = divmod(driver.active.get_current_target().arch, 10)
-            config = plan(rows or batch, tokens, heads, 64, state, (dtype,), None, ("triton",),
+            config = plan(rows or batch, tokens, heads, width, state, (dtype,), None, ("triton",),
                           capability, 132)  # fmt: skip
-            x, B = new(batch, tokens, heads, 64), new(batch, tokens, 8, state)
+            x, B = new(batch, tokens, heads, width), new(batch, tokens, 8, state)
             A, dt = new(heads, dtype=torch.float32), x[..., 0].contiguous()
             bounds = new(rows + 1, dtype=torch.int32) if rows else None
             args = (x, dt, A, B, B, A, None, A, None, None, bounds)
             options = (True, 0.0, float("inf"))
             if not grad:
                 return forward(*args, *options, config=config)
-            final = new(rows or batch, heads, 64, state, dtype=torch.float32)
+            final = new(rows or batch, heads, width, state, dtype=torch.float32)
             return backward(x, final, *args, new(0), *options, config=config)
 
         return run
@@ -341,4 +346,8 @@ def specialisations():
     yield Specialisation("Nano 3 131072 forward", launch(False, **long))
     yield Specialisation("float32 forward", launch(False, dtype=torch.float32))
     yield Specialisation("float32 backward", launch(True, dtype=torch.float32))
+    yield Specialisation("P 80 backward", launch(True, width=80, heads=96))
     yield Specialisation("N 256 forward", launch(False, state=256))
+    yield Specialisation("N 256 backward", launch(True, state=256))
+    yield Specialisation("float32 N 256 forward", launch(False, state=256, dtype=torch.float32))
+    yield Specialisation("float32 N 256 backward", launch(True, state=256, dtype=torch.float32))

@@ -102,7 +102,8 @@ def tile(
         start = offset64(row, stride_row) + offset64(t0, stride_token) + offset64(head, stride_head)
         c = column + tl.arange(0, BLOCK)
         within = offset64(tl.arange(0, L), stride_token)[:, None] + c[None, :]
-        out = tl.load(source + start + within, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
+        mask = live[:, None] if WIDTH % BLOCK == 0 else live[:, None] & (c < WIDTH)[None, :]
+        out = tl.load(source + start + within, mask=mask, other=0.0)
     return out
 
 
@@ -117,7 +118,7 @@ def store_tile(
     else:
         c = column + tl.arange(0, BLOCK)
         token = (offset64(row, T) + t0 + tl.arange(0, L)) * heads + head
-        mask = inside[:, None] & (c < WIDTH)[None, :]
+        mask = inside[:, None] if WIDTH % BLOCK == 0 else inside[:, None] & (c < WIDTH)[None, :]
         tl.store(target + token[:, None] * WIDTH + c[None, :], value, mask=mask)
 
 
@@ -268,13 +269,16 @@ def ssd_scan_kernel(
             decay = tl.where(last == before, decay, 0.0)
             sees = causal & (own[:, None] == own[None, :])
 
-        y = tl.dot(cv, tl.trans(state.to(cv.dtype)), input_precision=PRECISION) * enter[:, None]
+        # The state first: the next chunk waits for nothing else, and it takes fewer registers.
+        low, xf = state.to(cv.dtype), xv.to(tl.float32)
+        scaled = (xf * leave[:, None]).to(xv.dtype)
+        state = tl.dot(tl.trans(scaled), bv, state * decay, input_precision=PRECISION)
+        y = tl.dot(cv, tl.trans(low), input_precision=PRECISION) * enter[:, None]
+        if D_AXES > 0:
+            y += xf * skip
         scores = tl.dot(cv, tl.trans(bv), input_precision=PRECISION)
         scores *= inner_decay(a[:, None], a[None, :], b[None, :], sees, exact)
         y = tl.dot(scores.to(xv.dtype), xv, y, input_precision=PRECISION)
-        xf = xv.to(tl.float32)
-        if D_AXES > 0:
-            y += xf * skip
         if HAS_PAD:
             y = tl.where(live[:, None], y, 0.0)  # also where the state is not finite
         tokens = t0 + q < end
@@ -287,8 +291,6 @@ def ssd_scan_kernel(
             gate = gate.to(tl.float32)
             y = y * gate * sigmoid(gate)
         store_tile(out, y.to(xv.dtype), row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, TMA)
-        scaled = (xf * leave[:, None]).to(xv.dtype)
-        state = tl.dot(tl.trans(scaled), bv, state * decay, input_precision=PRECISION)
 
     if segment == tl.maximum(tl.cdiv(chunks, SEGMENT) - 1, 0):
         offsets, inside = state_offsets(sequence * H + h, p0, P, N, BLOCK_P, BLOCK_N)

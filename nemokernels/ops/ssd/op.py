@@ -27,30 +27,35 @@ class Config:
 
     backend: str
     reason: str = ""  # why not triton, if it is the reference
-    chunk: int = 64  # tokens per chunk of the kernels
+    chunk: int = 64  # tokens per step of the walks that make out and dx
+    span: int = 128  # tokens per state that the backward keeps, a multiple of chunk and square
+    square: int = 64  # tokens along a tile of the scores' gradient, span or half of it
     block_p: int = 64  # head dimensions per program
     segment: int = 0  # tokens after which a sequence is split among programs; 0: never
     tma: bool = False
     tma_met: bool = False  # also to store states, where Triton can compile that
     scan: tuple[int, int] = (4, 2)
-    states: tuple[int, int] = (4, 3)
+    states: tuple[int, int] = (4, 2)
     walk: tuple[int, int] = (4, 2)
     scores: tuple[int, int] = (4, 3)
-    group: tuple[int, int] = (4, 3)
+    group: tuple[int, int] = (8, 3)
 
 
 # By bytes per element and padded state size: what differs from Config's defaults. Not measured:
 # chosen for few spills, and for two programs per multiprocessor where that can be had.
-_WIDE = {"scan": (8, 2), "walk": (8, 1), "states": (8, 2), "scores": (4, 2), "group": (8, 1)}
-_FLOAT32 = {"scan": (8, 1), "walk": (8, 1), "states": (8, 1), "scores": (8, 1), "group": (8, 1)}
+_WIDE = {"span": 64, "scan": (8, 2), "walk": (8, 1), "states": (8, 2), "scores": (4, 2),
+         "group": (8, 1)}  # fmt: skip
+_FLOAT32 = {"chunk": 16, "span": 64, "scan": (8, 1), "walk": (8, 1), "states": (8, 1),
+            "scores": (8, 1), "group": (8, 1)}  # fmt: skip
 LAUNCHES: dict[tuple[int, int], dict] = {
     (2, 256): _WIDE,
     (4, 16): _FLOAT32,
     (4, 32): _FLOAT32,
     (4, 64): _FLOAT32,
     (4, 128): _FLOAT32,
-    (4, 256): {**_FLOAT32, "chunk": 32, "block_p": 32},
+    (4, 256): {**_FLOAT32, "span": 32, "square": 32, "block_p": 32},
 }
+HOPPER = {(4, 256): _FLOAT32}  # has the shared memory for it, and compiles it
 LARGEST_STATE = 256
 SEGMENT = 8192
 
@@ -80,13 +85,16 @@ def plan(
     reason = _unsupported(state, dtypes, state_dtype)
     if "triton" in backends and not reason:
         size = max(16, _triton.next_power_of_2(state))
-        settings = LAUNCHES.get((dtypes[0].itemsize, size), {})
-        if capability >= (10, 0) and dtypes[0].itemsize == 4:
-            settings = {**settings, "chunk": 32}  # with 64, some of its code is empty
+        hopper = capability[0] == 9
+        launches = {**LAUNCHES, **HOPPER} if hopper else LAUNCHES
+        settings = launches.get((dtypes[0].itemsize, size), {})
+        blocks = _triton.cdiv(width, settings.get("block_p", 64))
+        if blocks > 1:  # a stage of these kernels holds all blocks of a head
+            stages = 2 if hopper and blocks == 2 and dtypes[0].itemsize == 2 else 1
+            settings = {**settings, "scores": (4, stages), "group": (8, stages)}
         if capability[0] == 12 or capability in ((8, 6), (8, 9)):  # 99 KiB of shared memory
             pairs = {k: v for k, v in vars(Config("")).items() if isinstance(v, tuple)}
             settings = {**settings, **{k: (settings.get(k, v)[0], 1) for k, v in pairs.items()}}
-        hopper = capability[0] == 9
         config = Config("triton", tma=capability >= (9, 0), tma_met=hopper, **settings)
         programs = sequences * heads * _triton.cdiv(width, config.block_p)
         split = tokens > SEGMENT and programs < 2 * processors
@@ -123,7 +131,10 @@ def _plan(tensors: tuple[torch.Tensor | None, ...], state_dtype: torch.dtype | N
 
 
 def candidates(config: Config, backward: bool) -> Iterator[Config]:
-    """What may be faster than ``config`` on some card: other warps and stages of one kernel."""
+    """What may be faster than ``config`` on some card: other warps and stages of one kernel, and
+    states twice as often in the backward."""
+    if backward and config.span > config.square:
+        yield replace(config, span=config.square)
     for kernel in ("states", "walk", "scores", "group") if backward else ("scan",):
         for launch in itertools.product((4, 8), (1, 2, 3, 4)):
             yield replace(config, **{kernel: launch})
