@@ -33,6 +33,20 @@ def test_resources(family, label, arch):
             )
 
 
+def test_the_chunk_scan_is_compiled_once_for_all_lengths():
+    from nemokernels.ops.ssd import kernel
+
+    def compiled(**sizes):
+        with triton_compile.compile_only(90) as kernels:
+            for grad in (False, True):
+                kernel.launch_on_meta(grad, **sizes)()
+        return [id(k) for k in kernels]
+
+    assert len({*map(tuple, (compiled(batch=1, tokens=t) for t in (1, 77, 4096, 4097)))}) == 1
+    first, *rest = (compiled(batch=1, rows=rows, tokens=9 * rows) for rows in (1, 2, 16))
+    assert all(other == first for other in rest)
+
+
 def test_table_has_no_other_rows():
     known = {f"{family}/{label}/sm_{arch}" for family, label, arch in CASES}
     assert {key.rsplit("/", 1)[0] for key in TABLE["kernels"]} <= known

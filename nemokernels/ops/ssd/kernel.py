@@ -313,31 +313,34 @@ def backward(
     return results()
 
 
-def specialisations():
-    """Nemotron-H 8B and Nano 3 in bfloat16, packed and long; 80 wide; float32; largest states."""
+def launch_on_meta(grad, batch=8, tokens=4096, heads=128, width=64, state=128, dtype=torch.bfloat16,
+                   rows=None):  # fmt: skip
+    """A function that launches all kernels of a call; ``rows`` packs so many sequences."""
     from nemokernels.ops.ssd.op import plan
 
-    def launch(grad, batch=8, tokens=4096, heads=128, width=64, state=128, dtype=torch.bfloat16,
-               rows=None):  # fmt: skip
-        def new(*shape, dtype=dtype):
-            return torch.empty(shape, device="meta", dtype=dtype)
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, device="meta", dtype=dtype)
 
-        def run():
-            capability = divmod(driver.active.get_current_target().arch, 10)
-            config = plan(rows or batch, tokens, heads, width, state, (dtype,), None, ("triton",),
-                          capability, 132)  # fmt: skip
-            x, B = new(batch, tokens, heads, width), new(batch, tokens, 8, state)
-            A, dt = new(heads, dtype=torch.float32), x[..., 0].contiguous()
-            bounds = new(rows + 1, dtype=torch.int32) if rows else None
-            args = (x, dt, A, B, B, A, None, A, None, None, bounds)
-            options = (True, 0.0, float("inf"))
-            if not grad:
-                return forward(*args, *options, config=config)
-            final = new(rows or batch, heads, width, state, dtype=torch.float32)
-            return backward(x, final, *args, new(0), *options, config=config)
+    def run():
+        capability = divmod(driver.active.get_current_target().arch, 10)
+        config = plan(rows or batch, tokens, heads, width, state, (dtype,), None, ("triton",),
+                      capability, 132)  # fmt: skip
+        x, B = new(batch, tokens, heads, width), new(batch, tokens, 8, state)
+        A, dt = new(heads, dtype=torch.float32), x[..., 0].contiguous()
+        bounds = new(rows + 1, dtype=torch.int32) if rows else None
+        args = (x, dt, A, B, B, A, None, A, None, None, bounds)
+        options = (True, 0.0, float("inf"))
+        if not grad:
+            return forward(*args, *options, config=config)
+        final = new(rows or batch, heads, width, state, dtype=torch.float32)
+        return backward(x, final, *args, new(0), *options, config=config)
 
-        return run
+    return run
 
+
+def specialisations():
+    """Nemotron-H 8B and Nano 3 in bfloat16, packed and long; 80 wide; float32; largest states."""
+    launch = launch_on_meta
     long = {"heads": 64, "batch": 1, "tokens": 131072}
     yield Specialisation("H-8B forward", launch(False))
     yield Specialisation("H-8B backward", launch(True))

@@ -18,6 +18,7 @@ from nemokernels.ops.ssd.kernel_forward import (
     chunk_ids,
     chunk_span,
     inner_decay,
+    jit_for_any_length,
     leaving_decay,
     live_tokens,
     load_chunk_state,
@@ -47,7 +48,7 @@ def store_skip_gradient(
         tl.store(dD + at, tl.sum(tl.sum(product, 1), 0), mask=own)
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_gate_backward_kernel(
     dout, z, ungated, x, dz, dy_out, dD, seq_idx, bounds, first, owner,
     T, NC, S, H,
@@ -83,7 +84,7 @@ def ssd_gate_backward_kernel(
             store_skip_gradient(dD, xv.to(tl.float32) * dy, k, h, p0, H, True, P, BLOCK_P, D_AXES)
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_walk_backward_kernel(
     dy, B, C, dx, D, dfinal, leaving, dinitial, a_in, b_in, seq_idx, ids, bounds, first,
     T, NC, K, H, R, SEGMENT,
@@ -168,7 +169,7 @@ def ssd_walk_backward_kernel(
             tl.store(dinitial + offsets, state, mask=inside)
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_scores_backward_kernel(
     x, dy, B, C, dscores, dD, sums, a_in, d_in, seq_idx, ids, bounds, first, owner,
     T, NC, K, S, H, G, R,
@@ -249,7 +250,7 @@ def ssd_scores_backward_kernel(
         tl.store(dscores + to, total.to(bv.dtype))
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_group_backward_kernel(
     z, B, C, states, others, dscores, grad, w_out, through, a_in, d_in, seq_idx, ids, bounds,
     first, owner, T, NC, K, S, H, G, R,
@@ -327,7 +328,7 @@ def ssd_group_backward_kernel(
         store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end, T, G, N, L, BLOCK_N, TMA)
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_steps_backward_kernel(
     dt, dt_bias, A, sums, r_in, p_in, d_in, through, ddt, dA, dbias, seq_idx, bounds,
     first, owner, T, NC, K, S, H, stride_dt_row, stride_dt_token, stride_dt_head, dt_min, dt_max,

@@ -12,6 +12,8 @@ A tile of x, B and C comes from a TMA descriptor (which reads zeros past a row's
 
 from __future__ import annotations
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,15 @@ from nemokernels._tl import offset64, sigmoid, softplus
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e36)  # bound of one step's decay: keeps the running sum finite
 PRECISION = tl.constexpr("tf32x3")  # of products of float32 tiles: three tf32 products, ~2^-21
+
+
+# What differs from call to call. Triton would compile anew where one becomes 1 or divisible by
+# 16, and make nothing of it.
+LENGTHS = {"T", "NC", "K", "S", "SEGMENT", "SEGMENTS", "stride_dt_row"}
+
+
+def jit_for_any_length(fn):
+    return triton.jit(fn, do_not_specialize=sorted(LENGTHS & {*inspect.signature(fn).parameters}))
 
 
 @triton.jit
@@ -172,7 +183,7 @@ def skip_weight(D, h, p0, P: tl.constexpr, BLOCK_P: tl.constexpr, D_AXES: tl.con
     return weight
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_steps_kernel(
     dt, dt_bias, A, seq_idx, bounds, first, owner, a_out, b_out, d_out,
     T, NC, K, S, H, stride_dt_row, stride_dt_token, stride_dt_head, dt_min, dt_max,
@@ -206,7 +217,7 @@ def ssd_steps_kernel(
             tl.store(d_out + to, d, mask=(h < H)[None, :])
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_scan_kernel(
     x, B, C, out, ungated, z, D, initial, final, a_in, b_in, seq_idx, ids, bounds, first,
     T, NC, K, H, R, SEGMENT,
@@ -297,7 +308,7 @@ def ssd_scan_kernel(
         tl.store(final + offsets, state, mask=inside)
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_states_kernel(
     z, M, initial, met, ends, totals, a_in, b_in, seq_idx, ids, bounds, first,
     T, NC, K, H, R, SEGMENT,
@@ -369,7 +380,7 @@ def ssd_states_kernel(
         tl.store(totals + index, total, mask=p0 == 0)
 
 
-@triton.jit
+@jit_for_any_length
 def ssd_segments_kernel(
     initial, ends, totals, SEGMENTS, H, SIZE,
     HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
