@@ -25,15 +25,19 @@ ROUNDED = {
     interpreter.tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8, np.uint8),
     interpreter.tl.float8e5: (torch.float8_e5m2, torch.uint8, np.uint8),
 }
+WIDE = {
+    interpreter.tl.float32: (torch.float32, torch.int32, np.uint32),
+    interpreter.tl.float16: (torch.float16, torch.int16, np.uint16),
+}
 
 
 def _convert_float(data, source, target, rounding_mode):
     # The interpreter cuts float32 off where bfloat16 ends, rounds ties of FP8 away from zero and
     # its subnormals down; the GPU rounds to nearest even.
-    if target == interpreter.tl.float32 and source in ROUNDED:  # it reads FP8's NaN as a number
-        dtype = ROUNDED[source][0]
-        value = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(dtype).float()
-        return value.view(torch.int32).numpy().view(np.uint32).reshape(data.shape)
+    if target in WIDE and source in ROUNDED:  # it reads FP8's NaN as a number
+        dtype, bits, stored = WIDE[target]
+        value = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(ROUNDED[source][0])
+        return value.to(dtype).view(bits).numpy().view(stored).reshape(data.shape)
     if target not in ROUNDED or source != interpreter.tl.float32:
         return _convert(data, source, target, rounding_mode)
     dtype, bits, stored = ROUNDED[target]

@@ -54,7 +54,7 @@ def drawn(values, count):
 
 @pytest.fixture
 def any_value(monkeypatch):
-    """What is done on a device, where nobody looks at the sums of draft_probs."""
+    """What is done on a device, where nobody looks at the values of tensors."""
     monkeypatch.setattr(ref, "_check_values", lambda *args: None)
 
 
@@ -87,7 +87,7 @@ def test_greedy(dtype, lengths):
 
 @pytest.mark.parametrize("ties, dtype", [(False, F32), (True, BF16)])
 @pytest.mark.parametrize("knobs", ["k", "p", "kp"])
-def test_cuts(knobs, ties, dtype):
+def test_cuts(knobs, ties, dtype, any_value):
     """With and without equal probabilities, and values past their range."""
     batch, vocab = 4, 45
     args = dict(zip(NAMES, problem(batch, 1, vocab, dtype)))
@@ -118,7 +118,7 @@ def test_thresholds(knob, row):
     peak = row.max().expand(batch, 1, 1).contiguous()
     least, mass = torch.empty(2, batch, 1)
     kernel.mtp_verify_cut_kernel[(batch,)](
-        logits, None, temperature, top_k, top_p, peak, least, mass, 1, vocab, *logits.stride(),
+        logits, None, temperature, top_k, top_p, peak, least, mass, 1, vocab, logits.stride(),
         HAS_LENGTHS=False, HAS_TOP_K=knob == "top_k", HAS_TOP_P=knob == "top_p", BLOCK=16,
         BLOCKS=1, BLOCK_CUT=4,
     )  # fmt: skip

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, to_fp8
+from nemokernels._tl import offset64, offset_of, to_fp8
 from nemokernels._triton import cdiv
-from nemokernels.ops.attention.kernel_sequence import head_at
 
 
 @triton.jit
@@ -62,13 +61,13 @@ def attention_write_kernel(
     slot, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
     d = tl.arange(0, BLOCK_D)
     mask = (d < dim) & held
-    k_at = head_at(b, t, group, k_strides) + offset64(d, k_strides[3])
+    k_at = offset_of(b, t, group, k_strides) + offset64(d, k_strides[3])
     k = tl.load(k_ptr + k_at, mask=mask, other=0.0)
-    v_at = head_at(b, t, group, v_strides) + offset64(d, v_strides[3])
+    v_at = offset_of(b, t, group, v_strides) + offset64(d, v_strides[3])
     v = tl.load(v_ptr + v_at, mask=mask, other=0.0)
-    k_at = head_at(slot, length + t, group, kc_strides) + offset64(d, kc_strides[3])
+    k_at = offset_of(slot, length + t, group, kc_strides) + offset64(d, kc_strides[3])
     tl.store(k_cache_ptr + k_at, _stored(k, k_inverse, k_cache_ptr.dtype.element_ty), mask=mask)
-    v_at = head_at(slot, length + t, group, vc_strides) + offset64(d, vc_strides[3])
+    v_at = offset_of(slot, length + t, group, vc_strides) + offset64(d, vc_strides[3])
     tl.store(v_cache_ptr + v_at, _stored(v, v_inverse, v_cache_ptr.dtype.element_ty), mask=mask)
 
 
@@ -116,7 +115,7 @@ def attention_part_kernel(
         shared = heads // groups
         lane = tl.arange(0, BLOCK_H)
         head = group * shared + lane
-        q_at = head_at(b, t, head, q_strides)[:, None] + offset64(d, q_strides[3])[None, :]
+        q_at = offset_of(b, t, head, q_strides)[:, None] + offset64(d, q_strides[3])[None, :]
         q_mask = (lane < shared)[:, None] & (d < dim)[None, :]
         q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
         if HAS_SLOPES:
@@ -124,8 +123,8 @@ def attention_part_kernel(
         top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         sums = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        k_base = k_cache_ptr + head_at(slot, 0, group, kc_strides)
-        v_base = v_cache_ptr + head_at(slot, 0, group, vc_strides)
+        k_base = k_cache_ptr + offset_of(slot, 0, group, kc_strides)
+        v_base = v_cache_ptr + offset_of(slot, 0, group, vc_strides)
         # Tiles of global tokens, then tiles of the window, in one loop that loads ahead.
         near = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
         global_end = tl.minimum(tl.minimum(global_tokens, near), end)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64
+from nemokernels._tl import offset64, offset_of
 from nemokernels._triton import cdiv
 
 LONG = 1 << 30  # longer than any sequence
@@ -58,12 +58,6 @@ def _tile(table_ptr, tile, tiles, length, PACKED: tl.constexpr, BLOCK: tl.conste
     else:
         blocks = tl.cdiv(length, BLOCK)
         return tile // blocks, 0, length, tile % blocks * BLOCK
-
-
-@triton.jit
-def head_at(b, token, head, strides):
-    # Where in (B, T, H, D) a token's head begins.
-    return offset64(b, strides[0]) + offset64(token, strides[1]) + offset64(head, strides[2])
 
 
 @triton.jit
@@ -175,9 +169,9 @@ def attention_forward_kernel(
     seen = end - start + ahead
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q = _rows(q_ptr + head_at(b, start, head, q_strides), q_strides, m, end - start, d, dim)
-    k_ptr += head_at(b, start, group, k_strides)
-    v_ptr += head_at(b, start, group, v_strides)
+    q = _rows(q_ptr + offset_of(b, start, head, q_strides), q_strides, m, end - start, d, dim)
+    k_ptr += offset_of(b, start, group, k_strides)
+    v_ptr += offset_of(b, start, group, v_strides)
     slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -209,8 +203,8 @@ def attention_delta_kernel(
     head = tl.program_id(0) // blocks % heads
     b = tl.program_id(0) // blocks // heads
     m, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    out = _rows(out_ptr + head_at(b, 0, head, o_strides), o_strides, m, length, d, dim)
-    dout = _rows(dout_ptr + head_at(b, 0, head, do_strides), do_strides, m, length, d, dim)
+    out = _rows(out_ptr + offset_of(b, 0, head, o_strides), o_strides, m, length, d, dim)
+    dout = _rows(dout_ptr + offset_of(b, 0, head, do_strides), do_strides, m, length, d, dim)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     at = (offset64(b, heads) + head) * length + m
     tl.store(delta_ptr + at, delta, mask=m < length)
@@ -276,13 +270,15 @@ def attention_dq_kernel(
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask = m < end - start
-    q = _rows(q_ptr + head_at(b, start, head, q_strides), q_strides, m, end - start, d, dim)
-    dout = _rows(dout_ptr + head_at(b, start, head, do_strides), do_strides, m, end - start, d, dim)
+    q = _rows(q_ptr + offset_of(b, start, head, q_strides), q_strides, m, end - start, d, dim)
+    dout = _rows(
+        dout_ptr + offset_of(b, start, head, do_strides), do_strides, m, end - start, d, dim
+    )
     at = (offset64(b, heads) + head) * length + start + m
     lse = tl.load(lse_ptr + at, mask=mask, other=0.0)
     delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
-    k_ptr += head_at(b, start, group, k_strides)
-    v_ptr += head_at(b, start, group, v_strides)
+    k_ptr += offset_of(b, start, group, k_strides)
+    v_ptr += offset_of(b, start, group, v_strides)
     slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -362,8 +358,8 @@ def attention_dkdv_kernel(
     ahead = 0 if PACKED else keys - length
     queries = end - start - ahead
     n, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _rows(k_ptr + head_at(b, start, group, k_strides), k_strides, n, end - start, d, dim)
-    v = _rows(v_ptr + head_at(b, start, group, v_strides), v_strides, n, end - start, d, dim)
+    k = _rows(k_ptr + offset_of(b, start, group, k_strides), k_strides, n, end - start, d, dim)
+    v = _rows(v_ptr + offset_of(b, start, group, v_strides), v_strides, n, end - start, d, dim)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Queries from the first that sees a key of the tile to the last. Every pair is masked: a second
@@ -374,8 +370,8 @@ def attention_dkdv_kernel(
         highest = tl.minimum(queries, first + BLOCK_N - 1 + window - ahead)
     shared = heads // groups
     for head in range(group * shared, (group + 1) * shared):
-        q_at = head_at(b, start, head, q_strides)
-        do_at = head_at(b, start, head, do_strides)
+        q_at = offset_of(b, start, head, q_strides)
+        do_at = offset_of(b, start, head, do_strides)
         sums_at = (offset64(b, heads) + head) * length + start
         slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
         dk, dv = _dkdv(

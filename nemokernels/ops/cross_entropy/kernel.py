@@ -48,17 +48,20 @@ def _load(
 
 @triton.jit
 def _logits(
-    hidden_ptr, weight_ptr, row, column, tokens, classes, features, stride_hidden, stride_weight,
-    TMA_HIDDEN: tl.constexpr, TMA_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+    hidden_ptr, weight_ptr, tokens, classes, features, stride_hidden, stride_weight,
+    TMA_HIDDEN: tl.constexpr, TMA_WEIGHT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # This program's tile of logits, its block of classes, its tokens and its classes.
+    block_m, block_n = _place(tl.cdiv(tokens, BLOCK_M), tl.cdiv(classes, BLOCK_N), GROUP)
+    row, column = block_m * BLOCK_M, block_n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, features, BLOCK_K):
         h = _load(hidden_ptr, row, k, tokens, features, stride_hidden, TMA_HIDDEN, BLOCK_M, BLOCK_K)
         w = _load(weight_ptr, column, k, classes, features, stride_weight, TMA_WEIGHT, BLOCK_N,
                   BLOCK_K)  # fmt: skip
         acc = tl.dot(h, w.T, acc, input_precision="ieee")
-    return acc
+    return acc, block_n, row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -106,13 +109,10 @@ def cross_entropy_statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    block_m, block_n = _place(tl.cdiv(tokens, BLOCK_M), tl.cdiv(classes, BLOCK_N), GROUP)
-    logits = _logits(
-        hidden_ptr, weight_ptr, block_m * BLOCK_M, block_n * BLOCK_N, tokens, classes, features,
-        stride_hidden, stride_weight, TMA_HIDDEN, TMA_WEIGHT, BLOCK_M, BLOCK_N, BLOCK_K,
+    logits, block_n, token, column = _logits(
+        hidden_ptr, weight_ptr, tokens, classes, features, stride_hidden, stride_weight,
+        TMA_HIDDEN, TMA_WEIGHT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     at = offset64(block_n, tokens) + token
     target, keep, _ = _targets(targets_ptr, token, real, ignore, first, all_classes)
@@ -203,13 +203,10 @@ def cross_entropy_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # The gradient of the logits of the classes from ``begin`` on, which weight_ptr begins with.
-    block_m, block_n = _place(tl.cdiv(tokens, BLOCK_M), tl.cdiv(classes, BLOCK_N), GROUP)
-    logits = _logits(
-        hidden_ptr, weight_ptr, block_m * BLOCK_M, block_n * BLOCK_N, tokens, classes, features,
-        stride_hidden, stride_weight, TMA_HIDDEN, TMA_WEIGHT, BLOCK_M, BLOCK_N, BLOCK_K,
+    logits, _, token, column = _logits(
+        hidden_ptr, weight_ptr, tokens, classes, features, stride_hidden, stride_weight,
+        TMA_HIDDEN, TMA_WEIGHT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     target, keep, wrong = _targets(targets_ptr, token, real, ignore, first + begin, all_classes)
     lse = tl.load(lse_ptr + token, mask=keep, other=0.0)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, raise_amax, to_fp8
+from nemokernels._tl import offset64, raise_amax, squared_relu, to_fp8
 from nemokernels._triton import cdiv
 from nemokernels.ops.fp8 import ref
 
@@ -59,8 +59,7 @@ def quantize_kernel(
     x_at = offset64(row, stride_row)[:, None] + offset64(column, stride_column)[None, :]
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if SQUARED_RELU:
-        x = tl.where(x < 0.0, 0.0, x)  # NaN stays
-        x = (x * x).to(x_ptr.dtype.element_ty).to(tl.float32)
+        x = squared_relu(x).to(x_ptr.dtype.element_ty).to(tl.float32)
     raise_amax(amax_ptr, x)
     if ROWS or TRANSPOSE:
         scale = tl.load(scale_ptr)

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, raise_amax, sigmoid, to_fp8
+from nemokernels._tl import offset64, raise_amax, to_fp8
 from nemokernels._triton import as_rows, cdiv, row_stride
 from nemokernels.ops.fp8 import ref
 from nemokernels.ops.fp8.kernel import store_inverse
-from nemokernels.ops.rms_norm.kernel import load_sum
+from nemokernels.ops.gated_rms_norm.kernel import load_gate
+from nemokernels.ops.rms_norm.kernel import load_sum, wide_rstd
 
 
 @triton.jit
@@ -67,15 +68,10 @@ def rms_norm_fp8_kernel(
     residual_row = offset64(row, stride_residual_row)[:, None]
     out_row = offset64(row, width)[:, None]
     live = (row < rows)[:, None]
-    square = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
-    for start in range(0, width, BLOCK):
-        at = (start + lane)[None, :]
-        x = load_sum(
-            x_ptr, residual_ptr, total_ptr, x_row + at, residual_row + at, out_row + at,
-            live & (at < width), HAS_RESIDUAL, True,
-        )  # fmt: skip
-        square += x * x
-    rstd = tl.rsqrt(tl.sum(square, 1) / width + eps)
+    rstd = wide_rstd(
+        x_ptr, residual_ptr, total_ptr, x_row, residual_row, out_row, live, width, eps,
+        HAS_RESIDUAL, BLOCK_ROWS, BLOCK,
+    )  # fmt: skip
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     scale = tl.load(scale_ptr)
     store_inverse(inverse_ptr, scale)
@@ -94,12 +90,6 @@ def rms_norm_fp8_kernel(
             width, mask, LARGEST, TRANSPOSE,
         )  # fmt: skip
     raise_amax(amax_ptr, seen)
-
-
-@triton.jit
-def _load_gate(z_ptr, z_at, mask):
-    z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
-    return z * sigmoid(z)
 
 
 @triton.jit
@@ -141,7 +131,7 @@ def gated_rms_norm_fp8_kernel(
         mask = live & (start + lane < group_size)[None, :]
         v = tl.load(x_ptr + x_row + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_Z and not NORM_BEFORE_GATE:
-            v *= _load_gate(z_ptr, z_row + at, mask)
+            v *= load_gate(z_ptr, z_row + at, mask)
         square += v * v
     rstd = tl.rsqrt(tl.sum(square, 1) / group_size + eps)
     tl.store(rstd_ptr + offset64(row, groups) + group, rstd, mask=row < rows)
@@ -155,7 +145,7 @@ def gated_rms_norm_fp8_kernel(
         mask = live & inside
         y = tl.load(x_ptr + x_row + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_Z:
-            gate = _load_gate(z_ptr, z_row + at, mask)
+            gate = load_gate(z_ptr, z_row + at, mask)
             if not NORM_BEFORE_GATE:
                 y *= gate
         y = y * rstd[:, None] * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)

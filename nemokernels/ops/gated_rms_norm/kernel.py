@@ -15,6 +15,12 @@ from nemokernels._triton import as_rows, cdiv, row_stride
 
 
 @triton.jit
+def load_gate(z_ptr, z_at, mask):
+    z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
+    return z * sigmoid(z)
+
+
+@triton.jit
 def gated_rms_norm_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -44,8 +50,7 @@ def gated_rms_norm_forward_kernel(
     v = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if HAS_Z:
         z_at = offset64(row, stride_z_row)[:, None] + column[None, :]
-        z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
-        gate = z * sigmoid(z)
+        gate = load_gate(z_ptr, z_at, mask)
         if not NORM_BEFORE_GATE:
             v *= gate
     rstd = tl.rsqrt(tl.sum(v * v, 1) / group_size + eps)

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemokernels import _triton
-from nemokernels._tl import column_sum, offset64
+from nemokernels._tl import column_sum, offset64, squared_relu
 from nemokernels._triton import cdiv
 
 TABLE_BLOCK = 32
@@ -49,6 +49,17 @@ def moe_experts_tiles_kernel(
     mask = tile < tiles
     tl.store(expert_ptr + tile, tl.where(expert < experts, expert, -1), mask=mask)
     tl.store(row_ptr + tile, row, mask=mask)
+
+
+@triton.jit
+def tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M: tl.constexpr):
+    # Rows of an expert's tile, which are real, and their slots. A route that is not one stays in
+    # bounds: its rows are not real, and their slot is 0.
+    row = tl.load(row_ptr + tile) + tl.arange(0, BLOCK_M)
+    inside = row < tl.minimum(tl.load(offsets_ptr + expert), slots)
+    slot = tl.load(order_ptr + row, mask=inside, other=0)
+    inside &= (slot >= 0) & (slot < slots)
+    return row, inside, tl.where(inside, slot, 0)
 
 
 @triton.jit
@@ -154,8 +165,7 @@ def moe_experts_rows_kernel(
     else:
         at = offset64(row, width)[:, None] + n[None, :]
         if PART == "up":
-            acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
-            acc *= acc
+            acc = squared_relu(acc)
         else:
             hidden = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
             weight = tl.load(weights_ptr + slot, mask=inside, other=0.0)

@@ -12,9 +12,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, to_fp8
+from nemokernels._tl import offset64, squared_relu, to_fp8
 from nemokernels._triton import cdiv
-from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_table
+from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_rows, tile_table
 
 E4M3 = torch.float8_e4m3fn
 
@@ -53,11 +53,7 @@ def moe_experts_fp8_kernel(
     expert = tl.load(expert_ptr + tile)
     if expert < 0:
         return
-    row = tl.load(row_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = row < tl.minimum(tl.load(offsets_ptr + expert), slots)
-    slot = tl.load(order_ptr + row, mask=inside, other=0)
-    inside &= (slot >= 0) & (slot < slots)  # a route that is not one stays in bounds
-    slot = tl.where(inside, slot, 0)
+    row, inside, slot = tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M)
     a_row = slot // top_k if UP else tl.where(inside, row, 0)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -94,8 +90,7 @@ def moe_experts_fp8_kernel(
             acc *= tl.load(a_scale_ptr + a_row, mask=inside, other=0.0)[:, None]
         else:
             acc *= tl.load(a_scale_ptr)
-        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
-        acc = acc * acc * tl.div_rn(1.0, hidden_scale)
+        acc = squared_relu(acc) * tl.div_rn(1.0, hidden_scale)
         out = to_fp8(acc, 448.0, tl.float8e4nv)
         at = offset64(row, width)[:, None] + n[None, :]
     else:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64
+from nemokernels._tl import offset64, offset_of
 from nemokernels._triton import cdiv, next_power_of_2
 
 
@@ -38,11 +38,12 @@ def _temperature(temperature_ptr, request, SAMPLED: tl.constexpr):
 
 @triton.jit
 def _block_peaks(peak_ptr, at, vocab, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    # Where the statistics of a row's blocks are, which are there, their peaks, the row's peak.
     block = tl.arange(0, BLOCKS)
     inside = block < tl.cdiv(vocab, BLOCK)
     at = at * tl.cdiv(vocab, BLOCK) + block
     peaks = tl.load(peak_ptr + at, mask=inside, other=float("-inf"))
-    return at, inside, peaks
+    return at, inside, peaks, tl.max(peaks, 0)
 
 
 @triton.jit
@@ -62,9 +63,7 @@ def mtp_verify_rows_kernel(
     heated_ptr,
     rows,
     vocab,
-    stride_logits_b,
-    stride_logits_row,
-    stride_logits_v,
+    logits_strides,
     HAS_LENGTHS: tl.constexpr,
     SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -75,9 +74,8 @@ def mtp_verify_rows_kernel(
     request = tl.program_id(0) // blocks // rows
     if row <= _draft_length(lengths_ptr, request, rows - 1, HAS_LENGTHS):
         column = block * BLOCK + tl.arange(0, BLOCK)
-        ptr = logits_ptr + offset64(request, stride_logits_b) + offset64(row, stride_logits_row)
-        ptr += offset64(column, stride_logits_v)
-        x = tl.load(ptr, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        at = offset_of(request, row, column, logits_strides)
+        x = tl.load(logits_ptr + at, mask=column < vocab, other=float("-inf")).to(tl.float32)
         x = tl.where(x == x, x, float("inf"))  # both leave a row without distribution
         peak, best = tl.max(x, 0, return_indices=True)
         x -= tl.where(peak > float("-inf"), peak, 0.0)
@@ -152,9 +150,7 @@ def mtp_verify_cut_kernel(
     mass_ptr,
     rows,
     vocab,
-    stride_logits_b,
-    stride_logits_row,
-    stride_logits_v,
+    logits_strides,
     HAS_LENGTHS: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
@@ -168,24 +164,23 @@ def mtp_verify_cut_kernel(
     heat = _temperature(temperature_ptr, request, True)
     if live and heat > 0.0:
         at = offset64(request, rows) + row
-        _, _, peaks = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
-        peak = tl.max(peaks, 0)
-        row_ptr = logits_ptr + offset64(request, stride_logits_b) + offset64(row, stride_logits_row)
+        _, _, _, peak = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
+        row_ptr = logits_ptr + offset_of(request, row, 0, logits_strides)
         if tl.abs(peak) < float("inf"):
             least = 0.0
             if HAS_TOP_K:
                 top_k = tl.load(top_k_ptr + request).to(tl.int64)
                 if top_k > 0 and top_k < vocab:
-                    least = _threshold(row_ptr, vocab, stride_logits_v, peak, heat, least, top_k,
+                    least = _threshold(row_ptr, vocab, logits_strides[2], peak, heat, least, top_k,
                                        False, BLOCK_CUT)  # fmt: skip
-            mass = _mass(row_ptr, vocab, stride_logits_v, peak, heat, least, BLOCK_CUT)
+            mass = _mass(row_ptr, vocab, logits_strides[2], peak, heat, least, BLOCK_CUT)
             if HAS_TOP_P:
                 top_p = tl.load(top_p_ptr + request).to(tl.float64)
                 if top_p < 1.0:
-                    larger = _threshold(row_ptr, vocab, stride_logits_v, peak, heat, least,
+                    larger = _threshold(row_ptr, vocab, logits_strides[2], peak, heat, least,
                                         top_p * mass, True, BLOCK_CUT)  # fmt: skip
                     least = tl.maximum(least, larger)
-                    mass = _mass(row_ptr, vocab, stride_logits_v, peak, heat, least, BLOCK_CUT)
+                    mass = _mass(row_ptr, vocab, logits_strides[2], peak, heat, least, BLOCK_CUT)
             tl.store(least_ptr + at, least)
             tl.store(mass_ptr + at, mass.to(tl.float32))
 
@@ -199,6 +194,14 @@ def _target(
         return tl.load(least_ptr + at), tl.load(mass_ptr + at)
     else:
         return 0.0, _total(heated_ptr, block_at, inside, peaks, peak, heat)
+
+
+@triton.jit
+def _draft(drafts_ptr, request, row, live, vocab, strides):
+    # A draft where live, and whether it is a token of the vocabulary.
+    at = offset64(request, strides[0]) + offset64(row, strides[1])
+    draft = tl.load(drafts_ptr + at, mask=live, other=-1).to(tl.int64)
+    return draft, (draft >= 0) & (draft < vocab)
 
 
 @triton.jit
@@ -222,14 +225,9 @@ def mtp_verify_accept_kernel(
     logprobs_ptr,
     rows,
     vocab,
-    stride_logits_b,
-    stride_logits_row,
-    stride_logits_v,
-    stride_drafts_b,
-    stride_drafts_row,
-    stride_probs_b,
-    stride_probs_row,
-    stride_probs_v,
+    logits_strides,
+    drafts_strides,
+    probs_strides,
     stride_seed,
     HAS_LENGTHS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
@@ -247,17 +245,13 @@ def mtp_verify_accept_kernel(
     going = length >= 0
     while going:
         at = offset64(request, rows) + accepted
-        block_at, inside, peaks = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
-        peak = tl.max(peaks, 0)
+        block_at, inside, peaks, peak = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
         sound = tl.abs(peak) < float("inf")
         bests = tl.load(best_ptr + block_at, mask=inside & (peaks == peak), other=vocab)
         best = tl.min(bests, 0).to(tl.int64)
         live = sound & (accepted < length)
-        draft_at = offset64(request, stride_drafts_b) + offset64(accepted, stride_drafts_row)
-        draft = tl.load(drafts_ptr + draft_at, mask=live, other=-1).to(tl.int64)
-        live = live & (draft >= 0) & (draft < vocab)
-        logit_at = offset64(request, stride_logits_b) + offset64(accepted, stride_logits_row)
-        logit_at += offset64(draft, stride_logits_v)
+        draft, live = _draft(drafts_ptr, request, accepted, live, vocab, drafts_strides)
+        logit_at = offset_of(request, accepted, draft, logits_strides)
         logit = tl.load(logits_ptr + logit_at, mask=live, other=0.0).to(tl.float32)
         keep = live & (draft == best)
         if SAMPLED:
@@ -268,8 +262,7 @@ def mtp_verify_accept_kernel(
                 p = tl.where(p >= least, p, 0.0) / mass
                 q = 1.0
                 if HAS_PROBS:
-                    q_at = offset64(request, stride_probs_b) + offset64(accepted, stride_probs_row)
-                    q_at += offset64(draft, stride_probs_v)
+                    q_at = offset_of(request, accepted, draft, probs_strides)
                     q = tl.load(probs_ptr + q_at).to(tl.float32)
                 seed = tl.load(seed_ptr + offset64(request, stride_seed))
                 word = _philox(seed, ids_ptr, positions_ptr, request, accepted, 0)[0]
@@ -343,14 +336,9 @@ def mtp_verify_draw_kernel(
     winner_ptr,
     rows,
     vocab,
-    stride_logits_b,
-    stride_logits_row,
-    stride_logits_v,
-    stride_drafts_b,
-    stride_drafts_row,
-    stride_probs_b,
-    stride_probs_row,
-    stride_probs_v,
+    logits_strides,
+    drafts_strides,
+    probs_strides,
     stride_seed,
     HAS_LENGTHS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
@@ -367,24 +355,19 @@ def mtp_verify_draw_kernel(
     accepted = tl.load(accepted_ptr + request)
     if accepted >= 0 and heat > 0.0:
         at = offset64(request, rows) + accepted
-        block_at, inside, peaks = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
-        peak = tl.max(peaks, 0)
+        block_at, inside, peaks, peak = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
         if tl.abs(peak) < float("inf"):
             least, mass = _target(heated_ptr, least_ptr, mass_ptr, at, block_at, inside, peaks,
                                   peak, heat, HAS_CUT)  # fmt: skip
             start = block * BLOCK_DRAW
             column = start + tl.arange(0, BLOCK_DRAW)
-            row_ptr = logits_ptr + offset64(request, stride_logits_b)
-            row_ptr += offset64(accepted, stride_logits_row)
-            p = _heated(row_ptr, start, vocab, stride_logits_v, peak, heat, least, BLOCK_DRAW)
+            row_ptr = logits_ptr + offset_of(request, accepted, 0, logits_strides)
+            p = _heated(row_ptr, start, vocab, logits_strides[2], peak, heat, least, BLOCK_DRAW)
             p = p / mass
             more = accepted < _draft_length(lengths_ptr, request, rows - 1, HAS_LENGTHS)
-            draft_at = offset64(request, stride_drafts_b) + offset64(accepted, stride_drafts_row)
-            draft = tl.load(drafts_ptr + draft_at, mask=more, other=-1).to(tl.int64)
-            rejected = (draft >= 0) & (draft < vocab)
+            draft, rejected = _draft(drafts_ptr, request, accepted, more, vocab, drafts_strides)
             if HAS_PROBS:
-                q_at = offset64(request, stride_probs_b) + offset64(accepted, stride_probs_row)
-                q_at += offset64(column, stride_probs_v)
+                q_at = offset_of(request, accepted, column, probs_strides)
                 q = tl.load(probs_ptr + q_at, mask=(column < vocab) & rejected, other=0.0)
                 q = q.to(tl.float32)
                 rest = tl.where(p > q, p - q, 0.0)
@@ -429,9 +412,7 @@ def mtp_verify_finish_kernel(
     logprobs_ptr,
     rows,
     vocab,
-    stride_logits_b,
-    stride_logits_row,
-    stride_logits_v,
+    logits_strides,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_DRAW: tl.constexpr,
@@ -442,19 +423,17 @@ def mtp_verify_finish_kernel(
     accepted = tl.load(accepted_ptr + request)
     if accepted >= 0 and heat > 0.0:
         at = offset64(request, rows) + accepted
-        block_at, inside, peaks = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
-        peak = tl.max(peaks, 0)
+        block_at, inside, peaks, peak = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
         if tl.abs(peak) < float("inf"):
             blocks = tl.cdiv(vocab, BLOCK_DRAW)
             first = offset64(request, blocks) * 2
             score, token = _winner(score_ptr, winner_ptr, first, blocks, vocab, BLOCKS_DRAW)
             _, plain = _winner(score_ptr, winner_ptr, first + blocks, blocks, vocab, BLOCKS_DRAW)
             token = tl.where(score >= 0.0, token, plain)
-            ptr = logits_ptr + offset64(request, stride_logits_b)
-            ptr += offset64(accepted, stride_logits_row) + offset64(token, stride_logits_v)
+            logit = tl.load(logits_ptr + offset_of(request, accepted, token, logits_strides))
             log_sum = tl.log(_total(sum_ptr, block_at, inside, peaks, peak, 1.0))
             tl.store(token_ptr + request, token)
-            tl.store(logprobs_ptr + at, tl.load(ptr).to(tl.float32) - peak - log_sum)
+            tl.store(logprobs_ptr + at, logit.to(tl.float32) - peak - log_sum)
 
 
 def verify(
@@ -476,8 +455,8 @@ def verify(
     peak, total, heated = logits.new_empty(3, batch, rows, blocks, dtype=torch.float32)
     best = logits.new_empty(batch, rows, blocks, dtype=torch.int32)
     least, mass = logits.new_empty(2, batch, rows, dtype=torch.float32)
-    sizes = rows, vocab, *logits.stride()
-    strides = (*drafts.stride(), *((0,) * 3 if probs is None else probs.stride()),
+    sizes = rows, vocab, logits.stride()
+    strides = (drafts.stride(), (0, 0, 0) if probs is None else probs.stride(),
                seed.stride(0) if seed.shape[0] > 1 else 0)  # fmt: skip
     random = seed, request_ids, positions
     split = dict(BLOCK=config.block, BLOCKS=next_power_of_2(blocks))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64
+from nemokernels._tl import offset64, squared_relu
 from nemokernels._triton import cdiv
 
 
@@ -15,8 +15,7 @@ from nemokernels._triton import cdiv
 def relu2_forward_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
     at = offset64(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < elements).to(tl.float32)
-    x = tl.where(x < 0.0, 0.0, x)  # NaN stays
-    tl.store(y_ptr + at, (x * x).to(y_ptr.dtype.element_ty), mask=at < elements)
+    tl.store(y_ptr + at, squared_relu(x).to(y_ptr.dtype.element_ty), mask=at < elements)
 
 
 @triton.jit

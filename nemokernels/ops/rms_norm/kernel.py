@@ -32,6 +32,23 @@ def load_sum(
 
 
 @triton.jit
+def wide_rstd(
+    x_ptr, residual_ptr, total_ptr, x_row, residual_row, out_row, live, width, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # 1 / rms of rows read in blocks of columns; stores x + residual.
+    square = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = (start + tl.arange(0, BLOCK))[None, :]
+        x = load_sum(
+            x_ptr, residual_ptr, total_ptr, x_row + at, residual_row + at, out_row + at,
+            live & (at < width), HAS_RESIDUAL, True,
+        )  # fmt: skip
+        square += x * x
+    return tl.rsqrt(tl.sum(square, 1) / width + eps)
+
+
+@triton.jit
 def rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -56,15 +73,10 @@ def rms_norm_forward_kernel(
     out_row = offset64(row, width)[:, None]
     live = (row < rows)[:, None]
     if WIDE:
-        square = tl.zeros((BLOCK_ROWS, BLOCK), tl.float32)
-        for start in range(0, width, BLOCK):
-            at = (start + column)[None, :]
-            x = load_sum(
-                x_ptr, residual_ptr, total_ptr, x_row + at, residual_row + at, out_row + at,
-                live & (at < width), HAS_RESIDUAL, True,
-            )  # fmt: skip
-            square += x * x
-        rstd = tl.rsqrt(tl.sum(square, 1) / width + eps)
+        rstd = wide_rstd(
+            x_ptr, residual_ptr, total_ptr, x_row, residual_row, out_row, live, width, eps,
+            HAS_RESIDUAL, BLOCK_ROWS, BLOCK,
+        )  # fmt: skip
         for start in range(0, width, BLOCK):
             at = (start + column)[None, :]
             mask = live & (at < width)

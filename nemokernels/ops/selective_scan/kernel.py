@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nemokernels._tl import offset64, sigmoid, softplus
+from nemokernels._tl import offset64, offset_of, sigmoid, softplus
 from nemokernels._triton import Specialisation, cdiv, next_power_of_2
 from nemokernels.ops.ssd.chunks import packed_places
 
@@ -35,21 +35,32 @@ def _then_kept(decay, drive, kept, next_decay, next_drive, next_kept):
 
 
 @triton.jit
-def _sequence(seq, bounds_ptr, T, PACKED: tl.constexpr):
-    """Row, first token and number of tokens of a sequence."""
-    row, start, length = seq, 0, T
+def _program(per_group, groups, BLOCK_D: tl.constexpr):
+    """Block of channels, group and sequence of a program; its channels, and which there are."""
+    blocks = tl.cdiv(per_group, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    group = tl.program_id(0) // blocks % groups
+    seq = tl.program_id(0) // blocks // groups
+    within = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    return block, group, seq, group * per_group + within, within < per_group
+
+
+@triton.jit
+def _sequence(seq, bounds_ptr, first_ptr, T, tiles, PACKED: tl.constexpr):
+    """Row, first token, number of tokens and first tile of a sequence."""
+    row, start, length, tile = seq, 0, T, seq * tiles
     if PACKED:
         row = 0
         start = tl.load(bounds_ptr + seq)
         length = tl.load(bounds_ptr + seq + 1) - start
-    return row, start, length
+        tile = tl.load(first_ptr + seq)
+    return row, start, length, tile
 
 
 @triton.jit
 def _places(row, token, channel, strides):
     """Offsets (channels, tokens) into a tensor (B, T, D)."""
-    at = offset64(row, strides[0]) + offset64(token, strides[1])[None, :]
-    return at + offset64(channel, strides[2])[:, None]
+    return offset_of(row, token[None, :], channel[:, None], strides)
 
 
 @triton.jit
@@ -75,9 +86,16 @@ def _step(
 @triton.jit
 def _narrow(ptr, row, token, group, n, live, inside_n, strides):
     """A tile (tokens, N) of B or C."""
-    at = offset64(row, strides[0]) + offset64(token, strides[1])[:, None]
-    at += offset64(group, strides[2]) + offset64(n, strides[3])[None, :]
+    at = offset_of(row, token, group, strides)[:, None] + offset64(n, strides[3])[None, :]
     return _load(ptr, at, live[:, None] & inside_n[None, :])
+
+
+@triton.jit
+def _map(step, u, A, B, inside_n):
+    """What a token makes of the state before it: decay * state + drive, (channels, tokens, N)."""
+    decay = tl.exp(step[:, :, None] * A[:, None, :])
+    drive = (step * u)[:, :, None] * B[None, :, :]
+    return decay, tl.where(inside_n[None, None, :], drive, 0.0)
 
 
 @triton.jit
@@ -119,14 +137,8 @@ def selective_scan_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Outputs and last states, or with STORE_MET only the states that enter the tiles."""
-    blocks = tl.cdiv(per_group, BLOCK_D)
-    block = tl.program_id(0) % blocks
-    group = tl.program_id(0) // blocks % groups
-    seq = tl.program_id(0) // blocks // groups
-    row, start, length = _sequence(seq, bounds_ptr, T, PACKED)
-    within = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside_d = within < per_group
-    channel = group * per_group + within
+    block, group, seq, channel, inside_d = _program(per_group, groups, BLOCK_D)
+    row, start, length, tile = _sequence(seq, bounds_ptr, first_ptr, T, tiles, PACKED)
     n = tl.arange(0, BLOCK_N)
     inside_n = n < N
     inside = inside_d[:, None] & inside_n[None, :]
@@ -143,9 +155,6 @@ def selective_scan_kernel(
         bias = _load(bias_ptr, channel, inside_d)
     if HAS_D:
         D = _load(D_ptr, channel, inside_d)
-    tile = seq * tiles
-    if PACKED:
-        tile = tl.load(first_ptr + seq)
 
     for begin in range(0, length, BLOCK_T):
         if STORE_MET:
@@ -158,8 +167,7 @@ def selective_scan_kernel(
                         HAS_BIAS, SOFTPLUS)  # fmt: skip
         u = _load(u_ptr, _places(row, token, channel, u_strides), mask)
         B = _narrow(B_ptr, row, token, group, n, live, inside_n, B_strides)
-        decay = tl.exp(step[:, :, None] * A[:, None, :])
-        drive = tl.where(inside_n[None, None, :], (step * u)[:, :, None] * B[None, :, :], 0.0)
+        decay, drive = _map(step, u, A, B, inside_n)
         decay, states = tl.associative_scan((decay, drive), 1, _then)
         states += decay * state[:, None, :]
         # Past the last token the state stays, so that the tile's last column is it in any case.
@@ -227,14 +235,8 @@ def selective_scan_backward_kernel(
 ):
     """Gradients; those of B and C per block of channels (blocks, tokens, groups, N), those of A, D
     and delta_bias per sequence."""
-    blocks = tl.cdiv(per_group, BLOCK_D)
-    block = tl.program_id(0) % blocks
-    group = tl.program_id(0) // blocks % groups
-    seq = tl.program_id(0) // blocks // groups
-    row, start, length = _sequence(seq, bounds_ptr, T, PACKED)
-    within = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside_d = within < per_group
-    channel = group * per_group + within
+    block, group, seq, channel, inside_d = _program(per_group, groups, BLOCK_D)
+    row, start, length, tile = _sequence(seq, bounds_ptr, first_ptr, T, tiles, PACKED)
     n = tl.arange(0, BLOCK_N)
     inside_n = n < N
     inside = inside_d[:, None] & inside_n[None, :]
@@ -248,9 +250,6 @@ def selective_scan_backward_kernel(
         bias = _load(bias_ptr, channel, inside_d)
     if HAS_D:
         D = _load(D_ptr, channel, inside_d)
-    tile = seq * tiles
-    if PACKED:
-        tile = tl.load(first_ptr + seq)
 
     leaving = _load(dfinal_ptr, of_sequence, inside)  # gradient of the state after the tile
     dA = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
@@ -272,8 +271,7 @@ def selective_scan_backward_kernel(
 
         # The states once more, as forward.
         met_at = (tile + begin // BLOCK_T) * offset64(dim, N) + of_state
-        decay = tl.exp(step[:, :, None] * A[:, None, :])
-        drive = tl.where(inside_n[None, None, :], (step * u)[:, :, None] * B[None, :, :], 0.0)
+        decay, drive = _map(step, u, A, B, inside_n)
         none = tl.zeros((BLOCK_D, BLOCK_T, BLOCK_N), tl.float32)
         total, states, kept = tl.associative_scan((decay, drive, none), 1, _then_kept)
         entered = total * _load(met_ptr, met_at, inside)[:, None, :]

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import e4m3_value, offset64
+from nemokernels._tl import e4m3_value, offset64, squared_relu
 from nemokernels._triton import cdiv
-from nemokernels.ops.moe_experts.kernel import slot_sum, tile_table
+from nemokernels.ops.moe_experts.kernel import slot_sum, tile_rows, tile_table
 from nemokernels.ops.w4a16 import native
 
 
@@ -98,11 +98,9 @@ def w4a16_kernel(
         expert = tl.load(expert_ptr + block_m)
         if expert < 0:
             return
-        row = tl.load(row_ptr + block_m) + tl.arange(0, BLOCK_M)
-        inside = row < tl.minimum(tl.load(offsets_ptr + expert), rows)
-        slot = tl.load(order_ptr + row, mask=inside, other=0)
-        inside &= (slot >= 0) & (slot < rows)  # a route that is not one stays in bounds
-        slot = tl.where(inside, slot, 0)
+        row, inside, slot = tile_rows(
+            order_ptr, offsets_ptr, row_ptr, block_m, expert, rows, BLOCK_M
+        )
         x_row = slot // top_k if GATHER else tl.where(inside, row, 0)
     tiles, units = tl.cdiv(width, 16), tl.cdiv(depth, 64)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -124,8 +122,7 @@ def w4a16_kernel(
         acc = tl.dot(high, x, acc, input_precision="ieee")
     acc *= tl.load(global_ptr + expert) * 128.0
     if PART == "up":
-        acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
-        acc *= acc
+        acc = squared_relu(acc)
     at = offset64(slot if PART == "slots" else row, width)[:, None] + n[None, :]
     mask = inside[:, None] & (n < width)[None, :]
     tl.store(out_ptr + at, tl.trans(acc).to(dtype), mask=mask)
