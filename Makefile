@@ -6,6 +6,9 @@
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check -q
+# The headers alone, for csrc/ on Blackwell: what the wheel depends on serves its Python code. Last
+# where nothing is compiled while installing, as pip calls what is missing then an error.
+CUTLASS := $(PIP) install -c constraints.txt --no-deps nvidia-cutlass
 DATA ?=
 ARGS ?=
 
@@ -36,7 +39,6 @@ clean:
 
 # torch first, and on a machine without an NVIDIA driver its CPU build only: the default build pulls
 # gigabytes of CUDA libraries. The configured index may offer that build; pytorch.org does.
-# Of nvidia-cutlass the headers alone: what it depends on serves its Python code.
 .venv/torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -45,7 +47,7 @@ clean:
 	  $(PIP) install "torch==$$v+cpu" 2>/dev/null || \
 	  $(PIP) install --index-url https://download.pytorch.org/whl/cpu "torch==$$v+cpu"; fi
 	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
-	$(PIP) install -c constraints.txt --no-deps nvidia-cutlass
+	if command -v nvidia-smi >/dev/null 2>&1; then $(CUTLASS); fi
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml setup.py
@@ -54,4 +56,5 @@ clean:
 
 .venv/installed-test: .venv/torch pyproject.toml setup.py
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
+	$(CUTLASS)
 	touch $@ .venv/installed
