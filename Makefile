@@ -2,6 +2,7 @@
 # make test   install into .venv and run the tests
 # make csrc-all  compile csrc/ for every architecture and look at the machine code; needs nvcc
 # make gpu    on a machine with a GPU: self-tests, GPU tests and the bench, results in gpu-run/
+# make sanitize  there: compute-sanitizer's memcheck and racecheck on small shapes of the Mamba-2 ops
 # The first two work on a machine without a GPU and use one where there is one.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ CUTLASS := $(PIP) install -c constraints.txt --no-deps nvidia-cutlass
 DATA ?=
 ARGS ?=
 
-.PHONY: demo test csrc-all gpu lint clean
+.PHONY: demo test csrc-all gpu sanitize lint clean
 
 demo: .venv/installed
 	.venv/bin/nemokernels demo $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -29,6 +30,11 @@ csrc-all: .venv/installed-test
 
 gpu: .venv/installed-test
 	.ci/gpu gpu-run
+
+# Without torch's cache every tensor is an allocation of its own, whose ends memcheck knows.
+sanitize: .venv/installed-test
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \
+	  --tool $$tool --error-exitcode 9 .venv/bin/python tests/sanitize.py $(ARGS) || exit 1; done
 
 lint: .venv/installed-test
 	.venv/bin/ruff check --fix .

@@ -1,5 +1,7 @@
 """What the tests of the kernels on a GPU share."""
 
+import contextlib
+
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -17,6 +19,17 @@ def compare(fn, tensors, grads, device="cuda"):
     got = testing.gradients(fn, to(device, tensors), to(device, grads))
     for i, (a, want, plain) in enumerate(zip(sum(got, []), sum(exact, []), sum(low, []))):
         testing.assert_matches(a, want, plain, f"output or gradient {i}")
+
+
+@contextlib.contextmanager
+def references():
+    """Torch may use what has no deterministic form on a GPU: a reference's cumsum has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def same_bits(one, other):

@@ -62,3 +62,10 @@ def test_past_two_to_the_31_elements():
     y = rmsnorm_fn(x, weight, z=x, group_size=512, norm_before_gate=False)
     last = rmsnorm_fn(x[-5:], weight, z=x[-5:], group_size=512, norm_before_gate=False)
     assert torch.equal(y[-5:], last) and (y[:5] == 0).all()
+    rstd = torch.ones(rows, 8, device="cuda")
+    backward = torch.ops.nemokernels.gated_rms_norm_backward
+    dx, dweight, _, dz = backward(x, x, weight, None, x, rstd, 512, False)
+    short = backward(x[-5:], x[-5:], weight, None, x[-5:], rstd[-5:], 512, False)
+    assert torch.equal(dx[-5:], short[0]) and torch.equal(dz[-5:], short[3])
+    assert (dx[:5] == 0).all() and (dz[:5] == 0).all()
+    torch.testing.assert_close(dweight, short[1])

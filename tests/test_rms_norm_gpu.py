@@ -68,3 +68,9 @@ def test_past_two_to_the_31_elements():
     weight = torch.randn(width, device="cuda")
     y = rms_norm(x, weight)
     assert torch.equal(y[-5:], rms_norm(x[-5:], weight)) and (y[:5] == 0).all()
+    rstd = torch.ones(rows, device="cuda")
+    backward = torch.ops.nemokernels.rms_norm_backward
+    dx, dweight = backward(x, x, weight, rstd)
+    last, want = backward(x[-5:], x[-5:], weight, rstd[-5:])
+    assert torch.equal(dx[-5:], last) and (dx[:5] == 0).all()
+    torch.testing.assert_close(dweight, want)

@@ -2,6 +2,7 @@
 
 import random
 
+import on_gpu
 import pytest
 import torch
 
@@ -50,9 +51,10 @@ def compare(args, seq_idx=None, cu_seqlens=None):
     got = operator.ssd_chunk_scan(*whole, *options)
     dout, dfinal = torch.randn_like(got[0]), torch.randn_like(got[1]).to(got[0].dtype).float()
     grads = operator.ssd_chunk_scan_backward(dout, dfinal, *whole, got[2], *options)
-    exact = ref.forward(*testing.to_double(whole), *options)
-    exact += ref.backward(*testing.to_double((dout, dfinal, *whole, got[2])), *options)
-    low = ref.forward(*whole, *options) + ref.backward(dout, dfinal, *whole, got[2], *options)
+    with on_gpu.references():
+        exact = ref.forward(*testing.to_double(whole), *options)
+        exact += ref.backward(*testing.to_double((dout, dfinal, *whole, got[2])), *options)
+        low = ref.forward(*whole, *options) + ref.backward(dout, dfinal, *whole, got[2], *options)
     names = "out final ungated dx ddt dA dB dC dD dz ddt_bias dinitial".split()
     for name, *three in zip(names, (*got, *grads), exact, low):
         testing.assert_matches(*three, name)
@@ -158,3 +160,14 @@ def test_more_than_2_31_elements():
                      **run)  # fmt: skip
     torch.testing.assert_close(out[:, -640:], tail[:, -640:])
     torch.testing.assert_close(final, end)
+    # Backward: where the gradient of the output is zero but at the end, that of a short run's end.
+    args = (x, dt + 5, args[2], B, C, *[None] * 6)
+    last = [t[:, short] if n in (0, 1, 3, 4) else t for n, t in enumerate(args[:5])]
+    dout, dfinal = torch.zeros_like(out), torch.randn_like(final)
+    dout[:, -640:] = out[:, -640:]
+    options = (64, True, 0.0, INF, None)
+    backward = torch.ops.nemokernels.ssd_chunk_scan_backward
+    grads = backward(dout, dfinal, *args, out[:0], *options)
+    want = backward(dout[:, short], dfinal, *last, *[None] * 6, out[:0], *options)
+    for n in (0, 1, 3, 4):
+        torch.testing.assert_close(grads[n][:, -640:], want[n][:, -640:])

@@ -73,3 +73,12 @@ def test_heads_of_several_blocks_have_fewer_stages():
     assert plan(width=80).group == (8, 2) and plan(width=80).scores == (4, 2)
     assert plan(width=129).group == plan(width=80, capability=(10, 0)).group == (8, 1)
     assert plan(width=80, dtypes=(F32,)).group == (8, 1)
+
+
+def test_example_of_the_backward_is_computed_on_the_cpu(monkeypatch):
+    """Where deterministic algorithms are asked for, a GPU refuses the reference's cumsum."""
+    real, devices = op.ref.forward, []
+    monkeypatch.setattr(op.ref, "forward", lambda *a: devices.append(a[0].device) or real(*a))
+    made = op._example_backward(torch.device("meta"), BF16)
+    assert devices == [torch.device("cpu")]
+    assert all(t.is_meta for t in made if isinstance(t, torch.Tensor))
