@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="no Triton, no Triton kernels")
 
@@ -45,6 +46,23 @@ def test_the_chunk_scan_is_compiled_once_for_all_lengths():
     assert len({*map(tuple, (compiled(batch=1, tokens=t) for t in (1, 77, 4096, 4097)))}) == 1
     first, *rest = (compiled(batch=1, rows=rows, tokens=9 * rows) for rows in (1, 2, 16))
     assert all(other == first for other in rest)
+
+
+def test_a_mixer_of_every_model_loads_slices_by_tma():
+    """Pieces of what the convolution wrote, where TMA wants addresses and rows of 16 bytes."""
+    from nemokernels.models import list_variants
+    from nemokernels.ops.ssd import kernel
+
+    names = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+    models = {v.name: [getattr(v.config, n) for n in names] for v in list_variants()
+              if all(hasattr(v.config, n) for n in names)}  # fmt: skip
+    for name, (H, P, G, N) in models.items():
+        y = torch.empty(2, 3, H * P + 2 * G * N, dtype=torch.bfloat16)
+        x, B, C = y.split([H * P, G * N, G * N], -1)
+        x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+        sizes = kernel.layout(x, B, None, None, chunk=64, block_p=64, tma=True)
+        assert kernel._settle(sizes, x, B, C).TMA, name
+    assert len(models) > 5
 
 
 def test_table_has_no_other_rows():

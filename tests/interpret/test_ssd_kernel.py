@@ -124,6 +124,20 @@ def test_descriptors(case):
     assert all(map(torch.equal, *results[:2])) and all(map(torch.equal, *results[::2]))
 
 
+@pytest.mark.parametrize("case", ["no gate", "padded blocks", "packed, padding"])
+@pytest.mark.parametrize("tma", [False, True])
+def test_joined_gradients_have_the_same_bits(case, tma):
+    made = inputs(**{**CASES[case], "heads": 2}, dtype=torch.float16)
+    args, config = [made[n] for n in INPUTS], replace(CONFIG, tma=tma, tma_met=tma)
+    out, final, ungated = kernel.forward(*args, True, 0.0, INF, config=config)
+    args = [torch.randn_like(out), final, *args, ungated, True, 0.0, INF]
+    dx, ddt, dA, dB, dC, *rest = kernel.backward(*args, config=config)
+    got = kernel.backward(*args, config=config, joined=True)
+    whole = torch.cat([t.flatten(2) for t in (dx, dB, dC)], -1)
+    assert all(map(torch.equal, got, (whole, ddt, dA, *rest)))
+    assert got[0].is_contiguous()
+
+
 def test_descriptors_only_where_aligned():
     """Width 3 in float16: rows are six bytes."""
     compare(inputs(width=3, length=5, dtype=torch.float16), replace(CONFIG, tma=True))

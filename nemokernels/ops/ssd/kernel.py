@@ -215,9 +215,9 @@ def forward(
 
 def backward(
     dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, ungated,
-    dt_softplus, dt_min, dt_max, *, config,
+    dt_softplus, dt_min, dt_max, *, config, joined=False,
 ):  # fmt: skip
-    """As ref.backward; ``config`` is an op.Config."""
+    """As ref.backward, or ref.backward_joined; ``config`` is an op.Config."""
     x, B, C, dy = unit_last(x), unit_last(B), unit_last(C), unit_last(dout)
     sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.span, block_p=config.block_p,
                    tma=config.tma)  # fmt: skip
@@ -225,8 +225,14 @@ def backward(
     S, K, H, P, N, blocks = sizes.S, sizes.K, sizes.H, sizes.P, sizes.N, sizes.blocks
     wide = {"dtype": torch.float32}
     absent = x.new_empty(0)
-    dx, ddt = sizes.empty(x, *x.shape), sizes.empty(x, *dt.shape, dtype=dt.dtype)
-    dB, dC = sizes.empty(x, *B.shape), sizes.empty(x, *B.shape)
+    widths = [H * P, sizes.G * N, sizes.G * N]
+    if joined:
+        whole = sizes.empty(x, *x.shape[:2], sum(widths))
+        flat = whole.split(widths, -1)
+    else:
+        flat = [sizes.empty(x, *x.shape[:2], width) for width in widths]
+    dx, dB, dC = (t.unflatten(2, like.shape[2:]) for t, like in zip(flat, (x, B, B)))
+    ddt = sizes.empty(x, *dt.shape, dtype=dt.dtype)
     dA, dbias = sizes.empty(x, K, H, **wide), sizes.empty(x, K, H, **wide)
     D_axes = 0 if D is None else D.dim()
     parts = {0: 1, 1: blocks, 2: P}[D_axes]
@@ -237,7 +243,10 @@ def backward(
     def results():
         like_D = absent if D is None else (dD.sum(0) if D_axes == 2 else dD.sum((0, 2))).to(D.dtype)
         bias = absent if dt_bias is None else dbias.sum(0).to(dt_bias.dtype)
-        return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, like_D, dz, bias, dinitial
+        rest = like_D, dz, bias, dinitial
+        if joined:
+            return whole, ddt, dA.sum(0).to(A.dtype), *rest
+        return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, *rest
 
     if S * H * blocks == 0:
         dA.zero_(), dbias.zero_(), dB.zero_(), dC.zero_(), ddt.zero_()
@@ -254,7 +263,7 @@ def backward(
             *x.stride()[:3], *z.stride(), P=P, L=config.square, SPAN=config.span,
             BLOCK_P=sizes.BLOCK_P, D_AXES=D_axes, **sizes.flags, num_warps=4,
         )  # fmt: skip
-    sizes = _settle(sizes, x, dy, B, C, dx, dB)
+    sizes = _settle(sizes, x, dy, B, C, dx, dB, dC)
     a, b, d = _steps(sizes, x, dt, rate, bias, dt_softplus, dt_min, dt_max, True)
 
     # Through the states: S entering every chunk, then from the last chunk to the first dx and G.
@@ -277,8 +286,9 @@ def backward(
     backward_kernels.ssd_walk_backward_kernel[(S * H * blocks, segments)](
         dys, bs, cs, dxs, skip, start, kept[1], dinitial, a, b, sizes.seq_idx, sizes.ids,
         sizes.bounds, sizes.first, sizes.T, sizes.NC, K, H, H // sizes.G, segment,
-        *strides["y"], *strides["b"], *strides["c"], **walked.tiles, SPAN=config.span,
-        D_AXES=D_axes, HAS_INITIAL=initial is not None, TMA_MET=tma_met, **_launch(config.walk),
+        *dx.stride()[:2], *strides["y"], *strides["b"], *strides["c"], **walked.tiles,
+        SPAN=config.span, D_AXES=D_axes, HAS_INITIAL=initial is not None, TMA_MET=tma_met,
+        **_launch(config.walk),
     )  # fmt: skip
     if K == 0:
         return results()
@@ -300,8 +310,8 @@ def backward(
     for source, states, grad, w, of in ((xs, leaving, dBs, r, "x"), (dys, met, dCs, p, "y")):
         backward_kernels.ssd_group_backward_kernel[(K * sizes.G,)](
             source, bs, cs, states, leaving, dscores, grad, w, through, a, d, *chunk_map, *ints,
-            *strides[of], *strides["b"], *strides["c"], **sizes.tiles, SQUARE=config.square,
-            OF_C=of == "y", **_launch(config.group),
+            *dB.stride()[:2], *strides[of], *strides["b"], *strides["c"], **sizes.tiles,
+            SQUARE=config.square, OF_C=of == "y", **_launch(config.group),
         )  # fmt: skip
     backward_kernels.ssd_steps_backward_kernel[(K, cdiv(H, HEADS_PER_PROGRAM))](
         dt, bias, rate, sums, r, p, d, through, ddt, dA, dbias, sizes.seq_idx, sizes.bounds,

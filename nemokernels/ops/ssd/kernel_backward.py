@@ -75,9 +75,11 @@ def ssd_gate_backward_kernel(
         sig = sigmoid(gate)
         tokens = t0 + q < end
         grad = go * y * sig * (1.0 + gate * (1.0 - sig))
-        store_tile(dz, grad, row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, False)
+        store_tile(dz, grad, row, t0, h, p0, tokens, offset64(T, H * P), H * P,
+                   P, L, BLOCK_P, False)  # fmt: skip
         dy = go * gate * sig
-        store_tile(dy_out, dy, row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, False)
+        store_tile(dy_out, dy, row, t0, h, p0, tokens, offset64(T, H * P), H * P,
+                   P, L, BLOCK_P, False)  # fmt: skip
         if D_AXES > 0:
             xv = tile(x, row, t0, h, p0, live, stride_x_row, stride_x_token, stride_x_head,
                       P, L, BLOCK_P, False)  # fmt: skip
@@ -87,7 +89,7 @@ def ssd_gate_backward_kernel(
 @jit_for_any_length
 def ssd_walk_backward_kernel(
     dy, B, C, dx, D, dfinal, leaving, dinitial, a_in, b_in, seq_idx, ids, bounds, first,
-    T, NC, K, H, R, SEGMENT,
+    T, NC, K, H, R, SEGMENT, stride_dx_row, stride_dx_token,
     stride_y_row, stride_y_token, stride_y_head, stride_b_row, stride_b_token, stride_b_group,
     stride_c_row, stride_c_token, stride_c_group,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, SPAN: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -161,7 +163,8 @@ def ssd_walk_backward_kernel(
         v = tl.dot(scores.to(dyv.dtype), dyv, v, input_precision=PRECISION)
         if HAS_PAD:
             v = tl.where(live[:, None], v, 0.0)  # also where the state is not finite
-        store_tile(dx, v.to(dyv.dtype), row, t0, h, p0, t0 + q < end, T, H, P, L, BLOCK_P, TMA)
+        store_tile(dx, v.to(dyv.dtype), row, t0, h, p0, t0 + q < end, stride_dx_row,
+                   stride_dx_token, P, L, BLOCK_P, TMA)  # fmt: skip
 
     if HAS_INITIAL:
         if segment == 0:
@@ -253,7 +256,7 @@ def ssd_scores_backward_kernel(
 @jit_for_any_length
 def ssd_group_backward_kernel(
     z, B, C, states, others, dscores, grad, w_out, through, a_in, d_in, seq_idx, ids, bounds,
-    first, owner, T, NC, K, S, H, G, R,
+    first, owner, T, NC, K, S, H, G, R, stride_grad_row, stride_grad_token,
     stride_z_row, stride_z_token, stride_z_head, stride_b_row, stride_b_token, stride_b_group,
     stride_c_row, stride_c_token, stride_c_group,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, SQUARE: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -325,7 +328,8 @@ def ssd_group_backward_kernel(
             total = tl.dot(from_scores, cv, total, input_precision=PRECISION)
         if HAS_PAD:
             total = tl.where(live[:, None], total, 0.0)
-        store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end, T, G, N, L, BLOCK_N, TMA)
+        store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end, stride_grad_row,
+                   stride_grad_token, N, L, BLOCK_N, TMA)  # fmt: skip
 
 
 @jit_for_any_length

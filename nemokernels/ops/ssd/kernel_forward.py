@@ -120,17 +120,18 @@ def tile(
 
 @triton.jit
 def store_tile(
-    target, value, row, t0, head, column, inside, T, heads,
+    target, value, row, t0, head, column, inside, stride_row, stride_token,
     WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The counterpart of :func:`tile`; the target is contiguous."""
+    """The counterpart of :func:`tile`; heads of the target are adjacent."""
     if TMA:
         target.store([row, t0, head, column], value.reshape(1, L, 1, BLOCK))
     else:
         c = column + tl.arange(0, BLOCK)
-        token = (offset64(row, T) + t0 + tl.arange(0, L)) * heads + head
+        start = offset64(row, stride_row) + offset64(t0, stride_token) + head * WIDTH
+        within = offset64(tl.arange(0, L), stride_token)[:, None] + c[None, :]
         mask = inside[:, None] if WIDTH % BLOCK == 0 else inside[:, None] & (c < WIDTH)[None, :]
-        tl.store(target + token[:, None] * WIDTH + c[None, :], value, mask=mask)
+        tl.store(target + start + within, value, mask=mask)
 
 
 @triton.jit
@@ -294,14 +295,16 @@ def ssd_scan_kernel(
             y = tl.where(live[:, None], y, 0.0)  # also where the state is not finite
         tokens = t0 + q < end
         if HAS_Z:
-            store_tile(ungated, y.to(xv.dtype), row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, False)
+            store_tile(ungated, y.to(xv.dtype), row, t0, h, p0, tokens, offset64(T, H * P), H * P,
+                       P, L, BLOCK_P, False)  # fmt: skip
             c = p0 + tl.arange(0, BLOCK_P)
             at_z = offset64(row, stride_z_row) + offset64(h, stride_z_head)
             at_z += offset64(t0 + q, stride_z_token)[:, None] + offset64(c, stride_z_width)[None, :]
             gate = tl.load(z + at_z, mask=live[:, None] & (c < P)[None, :], other=0.0)
             gate = gate.to(tl.float32)
             y = y * gate * sigmoid(gate)
-        store_tile(out, y.to(xv.dtype), row, t0, h, p0, tokens, T, H, P, L, BLOCK_P, TMA)
+        store_tile(out, y.to(xv.dtype), row, t0, h, p0, tokens, offset64(T, H * P), H * P,
+                   P, L, BLOCK_P, TMA)  # fmt: skip
 
     if segment == tl.maximum(tl.cdiv(chunks, SEGMENT) - 1, 0):
         offsets, inside = state_offsets(sequence * H + h, p0, P, N, BLOCK_P, BLOCK_N)

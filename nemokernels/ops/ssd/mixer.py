@@ -2,6 +2,10 @@
 
 The convolution's output is as large as its input and cheap to compute again: the backward does so
 instead of keeping it, and the mixer holds on to nothing but its input and the scan's output.
+
+x, B and C stay side by side, as the convolution writes them, and so do their gradients: nothing is
+copied on the way. A tile of the scan is a piece of every token's row in either layout, and longer
+rows cost TMA nothing as long as their length and the offsets of B and C are multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -37,10 +41,10 @@ class _ConvScan(torch.autograd.Function):
         xBC, dt, weight, bias, A, D, z, dt_bias, initial_states, seq_idx, cu_seqlens = inputs
         x, B, C = _convolve(xBC, weight, bias, seq_idx, cu_seqlens, ctx.sizes, ctx.silu)
         scanned = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
-        dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = op.ssd_chunk_scan_backward(
+        dconvolved, *rest = op.ssd_chunk_scan_backward_joined(
             dout, dfinal, *scanned, ungated, *ctx.options
         )
-        dconvolved = torch.cat([d.flatten(2) for d in (dx, dB, dC)], -1)
+        ddt, dA, dD, dz, ddt_bias, dinitial = rest
         no_final = dconvolved.new_empty(0, weight.shape[1] - 1, xBC.shape[2])
         dxBC, dweight, dbias, _ = conv1d.causal_conv1d_backward(
             dconvolved, no_final, xBC, weight, bias, seq_idx, None, cu_seqlens, ctx.silu

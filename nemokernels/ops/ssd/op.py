@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -150,14 +151,15 @@ def _forward_cuda(*args):
     return kernel.forward(*inputs, *options, config=config)
 
 
-def _backward_cuda(*args):
+def _backward_cuda(*args, joined=False):
     inputs, (_, *options, state_dtype) = args[2:13], args[14:]
     config = _plan((*inputs[:9], inputs[10]), state_dtype)
     if config.backend == "reference":
-        return reference_on_cuda("ssd_chunk_scan_backward", ref.backward)(*args)
+        name = "ssd_chunk_scan_backward" + "_joined" * joined
+        return reference_on_cuda(name, ref.backward_joined if joined else ref.backward)(*args)
     from nemokernels.ops.ssd import kernel
 
-    return kernel.backward(*args[:14], *options, config=config)
+    return kernel.backward(*args[:14], *options, config=config, joined=joined)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -205,6 +207,12 @@ def _fake_backward(dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, 
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
+def _fake_backward_joined(*args):
+    dx, ddt, dA, dB, dC, *rest = _fake_backward(*args)
+    width = sum(t.shape[2] * t.shape[3] for t in (dx, dB, dC))
+    return dx.new_empty(*dx.shape[:2], width), ddt, dA, *rest
+
+
 ssd_chunk_scan_backward = register(
     FAMILY,
     f"ssd_chunk_scan_backward(Tensor dout, Tensor dfinal, {_INPUTS}, Tensor ungated, {_OPTIONS}) "
@@ -212,6 +220,18 @@ ssd_chunk_scan_backward = register(
     reference=ref.backward,
     cuda=_backward_cuda,
     fake=_fake_backward,
+    example=_example_backward,
+)
+
+
+# For a mixer, whose convolution takes the three gradients side by side.
+ssd_chunk_scan_backward_joined = register(
+    FAMILY,
+    f"ssd_chunk_scan_backward_joined(Tensor dout, Tensor dfinal, {_INPUTS}, Tensor ungated, "
+    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})",
+    reference=ref.backward_joined,
+    cuda=functools.partial(_backward_cuda, joined=True),
+    fake=_fake_backward_joined,
     example=_example_backward,
 )
 

@@ -162,6 +162,12 @@ def forward(
     return out, final, ungated
 
 
+def backward_joined(*args):
+    """As backward, but the gradients of x, B and C lie side by side in one tensor, the first."""
+    dx, ddt, dA, dB, dC, *rest = backward(*args)
+    return torch.cat([t.flatten(2) for t in (dx, dB, dC)], -1), ddt, dA, *rest
+
+
 def backward(
     dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, ungated,
     chunk_size, dt_softplus, dt_min, dt_max, state_dtype,
