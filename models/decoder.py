@@ -163,6 +163,8 @@ class Decoder(CausalLM):
             checkpoint fills them (``build`` and ``from_pretrained`` do).
     """
 
+    backbone = Backbone
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -173,12 +175,12 @@ class Decoder(CausalLM):
         super().__init__()
         kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         self.config = config
-        self.model = Backbone(config, **kwargs)
+        self.model = self.backbone(config, **kwargs)
         self.lm_head = head(config, self.model.embed_tokens, **kwargs)
         self.mtp = None
 
     @property
-    def trunk(self) -> Backbone:
+    def trunk(self) -> nn.Module:
         return self.model
 
 

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemokernels.models.causal_lm import CausalLM
-from nemokernels.models.decoder import FFN, Rope, rope_table, rotate
+from nemokernels.models.decoder import FFN, Decoder, Rope, rope_table, rotate
 from nemokernels.models.hymba_config import HymbaConfig
-from nemokernels.models.linear import Linear, head
+from nemokernels.models.linear import Linear
 from nemokernels.models.mamba1 import SelectiveScan
 from nemokernels.models.norms import RMSNorm, normed_sum
 from nemokernels.models.runs import Prefill, Run
@@ -114,33 +113,10 @@ class Backbone(nn.Module):
         return self.norm(x, residual)[0]
 
 
-class Hymba(CausalLM):
-    """A Hymba language model.
+class Hymba(Decoder):
+    """A Hymba language model; A_log and D are at least float32."""
 
-    Args:
-        config: its sizes.
-        device, dtype: of its parameters; A_log and D are at least float32. Values are unset until
-            :meth:`reset_parameters` or a checkpoint fills them (``build`` and ``from_pretrained``
-            do).
-    """
-
-    def __init__(
-        self,
-        config: HymbaConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        kwargs = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        self.config = config
-        self.model = Backbone(config, **kwargs)
-        self.lm_head = head(config, self.model.embed_tokens, **kwargs)
-        self.mtp = None
-
-    @property
-    def trunk(self) -> Backbone:
-        return self.model
+    backbone = Backbone
 
     def new_state(self, slots: int, max_length: int, **options) -> State:
         """Room for ``slots`` sequences of up to ``max_length`` tokens; see :class:`State`.
