@@ -53,6 +53,13 @@ def check_tensor(
         )
 
 
+def check_unshared(where: str, name: str, value: torch.Tensor) -> None:
+    """Raise ``ValueError`` if elements of a tensor that is written to share memory (``expand``)."""
+    shared = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape))
+    check(where, not shared, "elements of `{}` share memory (strides {}), expected memory of their "
+          "own, as they are written to", name, value.stride())  # fmt: skip
+
+
 def check(where: str, condition: bool, message: str, *values: object) -> None:
     """Raise ``ValueError("<where>: <message>")`` unless ``condition`` holds.
 

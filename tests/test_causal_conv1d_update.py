@@ -162,6 +162,7 @@ def test_gradients_are_refused():
         (dict(weight=torch.ones(8, 6)), ValueError, "`weight` has 6 taps"),
         (dict(bias=torch.ones(3)), ValueError, "`bias` has shape"),
         (dict(conv_state=torch.ones(3, 8, 3)), ValueError, "`conv_state` has shape"),
+        (dict(conv_state=torch.ones(8, 3).expand(2, 8, 3)), ValueError, "`conv_state` share mem"),
         (dict(conv_state=torch.ones(2, 8, 2)), ValueError, "`conv_state` keeps 2 entries"),
         (dict(conv_state=torch.ones(2, 8, 3).half()), TypeError, "`conv_state` is torch.float16"),
         (dict(cache_seqlens=int32([0])), ValueError, "`cache_seqlens` has shape"),

@@ -196,6 +196,12 @@ def ints(*values):
     ("change", "error", "message"),
     [
         (dict(ssm_state=torch.ones(4, 4, 6, 10)), ValueError, "`ssm_state` has shape"),
+        (
+            dict(ssm_state=torch.ones(4, 2, 4, 6, 1).expand(4, 2, 4, 6, 10)),
+            ValueError,
+            "`ssm_state` share memory",
+        ),
+        (dict(conv_state=torch.ones(64, 5).expand(4, 64, 5)), ValueError, "`conv_state` share mem"),
         (dict(ngroups=3), ValueError, "`ngroups` is 3, expected a divisor of the 4 heads"),
         (dict(xBC=torch.ones(2, 2, 63)), ValueError, "`xBC` has shape .* = \\(any, any, 64\\)"),
         (dict(dt=torch.ones(2, 2, 3)), ValueError, "`dt` has shape"),

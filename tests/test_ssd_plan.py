@@ -45,6 +45,25 @@ def test_what_no_kernel_takes_goes_to_the_reference_or_raises(problem, words):
         plan(**problem, backends=("triton",))
 
 
+@pytest.mark.parametrize("usable", [("triton",), BOTH])
+def test_a_state_that_no_kernel_takes_on_a_gpu(monkeypatch, usable):
+    """With the reference at hand it runs and says so; else the error names the size."""
+    monkeypatch.setattr(op._backends, "usable", lambda *_: usable)
+    monkeypatch.setattr(op._triton, "processors", lambda _: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
+    x, dt, B = torch.randn(1, 5, 2, 3), torch.randn(1, 5, 2), torch.randn(1, 5, 1, 257)
+    args = (x, dt, -torch.ones(2), B, B, *[None] * 6, 4, True, 0.0, float("inf"), None)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    if "reference" not in usable:
+        with pytest.raises(RuntimeError, match="ssd: .* up to 256, got 257"):
+            op.ssd_chunk_scan.redispatch(key, *args)
+        return
+    with pytest.warns(RuntimeWarning, match="ssd_chunk_scan has no kernel for shapes .*257"):
+        out, final, _ = op.ssd_chunk_scan.redispatch(key, *args)
+    want = op.ref.forward(*args)
+    assert torch.equal(out, want[0]) and torch.equal(final, want[1])
+
+
 def test_the_rest():
     assert plan(state_dtype=BF16).backend == "triton"
     assert plan(backends=("reference",)).backend == "reference"

@@ -229,6 +229,7 @@ PACKED = dict(cu_seqlens=torch.tensor([0, 1, 3], dtype=torch.int32))
     [
         (dict(state=None), TypeError, "`state` must be a torch.Tensor"),
         (dict(state=torch.zeros(5, P)), ValueError, "`state` has shape .*, expected .slots"),
+        (dict(state=torch.zeros(H, P, N).expand(5, H, P, N)), ValueError, "`state` share memory"),
         (dict(state=torch.zeros(5, H, P, N, dtype=torch.int8)), TypeError, "`state` is torch.int8"),
         (dict(x=torch.ones(3, P)), ValueError, r"`x` has shape \(3, 6\), expected \(T, H, P\)"),
         (dict(x=torch.ones(3, H, P, dtype=torch.int32)), TypeError, "`x` is torch.int32"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels._checks import FLOATS, check, check_tensor, check_unshared
 from nemokernels.ops.causal_conv1d import op, ref
 
 __all__ = [
@@ -162,6 +162,7 @@ def causal_conv1d_update(
     slots = batch if conv_state_indices is None else None
     check_tensor(fn, "conv_state", conv_state, shape=(slots, dim, None), dims="(slots, dim, L)",
                  dtypes=(x.dtype,), device=x.device)  # fmt: skip
+    check_unshared(fn, "conv_state", conv_state)
     length, width = conv_state.shape[2], weight.shape[1]
     check(
         fn, length >= width - 1, "`conv_state` keeps {} entries, expected >= {}", length, width - 1

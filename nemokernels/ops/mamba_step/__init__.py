@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels._checks import FLOATS, check, check_tensor, check_unshared
 from nemokernels._philox import rounding_seed
 from nemokernels.ops.mamba_step import op
 
@@ -86,6 +86,7 @@ def mamba_step(
     """
     check_tensor(FN, "ssm_state", ssm_state, shape=(None,) * 5, dims="(slots, M, H, P, N)",
                  dtypes=FLOATS)  # fmt: skip
+    check_unshared(FN, "ssm_state", ssm_state)
     held, states, H, P, N = ssm_state.shape
     common = dict(dtypes=FLOATS, device=ssm_state.device)
     check(FN, isinstance(ngroups, int) and ngroups >= 1 and H % ngroups == 0,
@@ -105,6 +106,7 @@ def mamba_step(
     check_tensor(FN, "conv_state", conv_state, shape=(held, channels, None),
                  dims="(slots, H*P + 2*G*N, L)", dtypes=(xBC.dtype,),
                  device=ssm_state.device)  # fmt: skip
+    check_unshared(FN, "conv_state", conv_state)
     check(FN, conv_state.shape[2] >= width - 1 + tokens,
           "`conv_state` keeps {} entries, expected at least W - 1 + T = {}", conv_state.shape[2],
           width - 1 + tokens)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels._checks import FLOATS, check, check_tensor, check_unshared
 from nemokernels._philox import rounding_seed
 from nemokernels.ops.state_update import op
 
@@ -110,6 +110,7 @@ def selective_state_update(
     check(FN, state.dim() in (3, 4),
           "`state` has shape {}, expected (slots, H, P, N) or (slots, P, N)",
           tuple(state.shape))  # fmt: skip
+    check_unshared(FN, "state", state)
     slots, *lead, P, N = state.shape
     common = dict(dtypes=FLOATS, device=state.device)
     check_tensor(FN, "x", x, shape=(None, *lead, P), dims=f"(T, {head}P)", **common)
