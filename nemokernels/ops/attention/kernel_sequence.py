@@ -69,18 +69,21 @@ def _rows(ptr, strides, row, rows, d, dim):
 
 
 @triton.jit
-def _queries(table_ptr, tiles, length, heads, PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    # This program's head, and of its tile of queries what _tile says.
+def _queries(
+    table_ptr, tiles, length, keys, heads, PACKED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    # This program's head, what _tile says of its tile of queries, and how many keys of the sequence
+    # lie before its first query.
     head = tl.program_id(0) % heads
     tile = tiles - 1 - tl.program_id(0) // heads  # a row's longest first
     b, start, end, first = _tile(table_ptr, tile, tiles, length, PACKED, BLOCK)
-    return head, b, start, end, first
+    return head, b, start, end, first, 0 if PACKED else keys - length
 
 
 @triton.jit
-def _scores(qk, place, key, keys, slope, scale, window, global_tokens, SLOPES: tl.constexpr,
-            MASKED: tl.constexpr):  # fmt: skip
+def _scores(qk, place, key, keys, slope, rule, SLOPES: tl.constexpr, MASKED: tl.constexpr):
     # Scores from products; -inf where a key is invisible. place and key broadcast.
+    scale, window, global_tokens = rule
     scores = qk * scale
     if SLOPES:
         scores -= slope * (place - key).to(tl.float32)
@@ -91,10 +94,11 @@ def _scores(qk, place, key, keys, slope, scale, window, global_tokens, SLOPES: t
 
 
 @triton.jit
-def _run(RUN: tl.constexpr, first, count, keys, window, global_tokens, BLOCK: tl.constexpr):
+def _run(RUN: tl.constexpr, first, count, keys, rule, BLOCK: tl.constexpr):
     # Begin and end of a run of keys for count queries from position first: 0, global tokens; 1,
     # where windows begin; 2, what all queries see; 3, the diagonal. All but the last end are
     # multiples of BLOCK.
+    _, window, global_tokens = rule
     last = tl.minimum(first + count, keys) - 1
     near = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
     diagonal = tl.maximum((first + 1) // BLOCK * BLOCK, near)
@@ -111,23 +115,32 @@ def _run(RUN: tl.constexpr, first, count, keys, window, global_tokens, BLOCK: tl
 
 
 @triton.jit
+def _score(
+    q, k_ptr, v_ptr, key, place, keys, slope, rule, d, dim, k_strides, v_strides,
+    SLOPES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    # A tile of keys, their values, and the scores of the queries at ``place``.
+    k = _rows(k_ptr, k_strides, key, keys, d, dim)
+    v = _rows(v_ptr, v_strides, key, keys, d, dim)
+    qk = tl.dot(q, k.T, input_precision="ieee")
+    return k, v, _scores(qk, place[:, None], key[None, :], keys, slope, rule, SLOPES, MASKED)
+
+
+@triton.jit
 def _attend(
-    acc, top, total, q, k_ptr, v_ptr, begin, end, place, keys, slope, scale, window, global_tokens,
-    dim, k_strides, v_strides, SLOPES: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, top, total, q, k_ptr, v_ptr, begin, end, place, keys, slope, rule, dim, k_strides,
+    v_strides, SLOPES: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = _rows(k_ptr, k_strides, key, keys, d, dim)
-        qk = tl.dot(q, k.T, input_precision="ieee")
-        scores = _scores(qk, place[:, None], key[None, :], keys, slope, scale, window,
-                         global_tokens, SLOPES, MASKED)  # fmt: skip
+        _, v, scores = _score(q, k_ptr, v_ptr, key, place, keys, slope, rule, d, dim, k_strides,
+                              v_strides, SLOPES, MASKED)  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
         p = tl.exp(scores - base[:, None])
         fade = tl.exp(top - base)
-        v = _rows(v_ptr, v_strides, key, keys, d, dim)
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = higher
@@ -143,9 +156,7 @@ def attention_forward_kernel(
     table_ptr,
     out_ptr,
     lse_ptr,
-    scale,
-    window,
-    global_tokens,
+    rule,
     tiles,
     length,
     keys,
@@ -162,10 +173,11 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head, b, start, end, first = _queries(table_ptr, tiles, length, heads, PACKED, BLOCK_M)
+    head, b, start, end, first, ahead = _queries(
+        table_ptr, tiles, length, keys, heads, PACKED, BLOCK_M
+    )
     if first >= end - start:
         return
-    ahead = 0 if PACKED else keys - length
     seen = end - start + ahead
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -178,10 +190,10 @@ def attention_forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for run in tl.static_range(0 if WINDOW else 2, 4):
-        begin, stop = _run(run, first + ahead, BLOCK_M, seen, window, global_tokens, BLOCK_N)
+        begin, stop = _run(run, first + ahead, BLOCK_M, seen, rule, BLOCK_N)
         acc, top, total = _attend(
-            acc, top, total, q, k_ptr, v_ptr, begin, stop, place, seen, slope, scale, window,
-            global_tokens, dim, k_strides, v_strides, SLOPES, run != 2, BLOCK_N, BLOCK_D,
+            acc, top, total, q, k_ptr, v_ptr, begin, stop, place, seen, slope, rule, dim,
+            k_strides, v_strides, SLOPES, run != 2, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     at = offset64(b, length) + start + m
     at = at * heads + head
@@ -212,18 +224,15 @@ def attention_delta_kernel(
 
 @triton.jit
 def _dq(
-    acc, q, dout, lse, delta, k_ptr, v_ptr, begin, end, place, keys, slope, scale, window,
-    global_tokens, dim, k_strides, v_strides, SLOPES: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, q, dout, lse, delta, k_ptr, v_ptr, begin, end, place, keys, slope, rule, dim, k_strides,
+    v_strides, SLOPES: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k = _rows(k_ptr, k_strides, key, keys, d, dim)
-        v = _rows(v_ptr, v_strides, key, keys, d, dim)
-        qk = tl.dot(q, k.T, input_precision="ieee")
-        scores = _scores(qk, place[:, None], key[None, :], keys, slope, scale, window,
-                         global_tokens, SLOPES, MASKED)  # fmt: skip
+        k, v, scores = _score(q, k_ptr, v_ptr, key, place, keys, slope, rule, d, dim, k_strides,
+                              v_strides, SLOPES, MASKED)  # fmt: skip
         p = tl.exp(scores - lse[:, None])
         dp = tl.dot(dout, v.T, input_precision="ieee")
         ds = p * (dp - delta[:, None])
@@ -242,9 +251,7 @@ def attention_dq_kernel(
     lse_ptr,
     delta_ptr,
     dq_ptr,
-    scale,
-    window,
-    global_tokens,
+    rule,
     tiles,
     length,
     keys,
@@ -262,10 +269,11 @@ def attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head, b, start, end, first = _queries(table_ptr, tiles, length, heads, PACKED, BLOCK_M)
+    head, b, start, end, first, ahead = _queries(
+        table_ptr, tiles, length, keys, heads, PACKED, BLOCK_M
+    )
     if first >= end - start:
         return
-    ahead = 0 if PACKED else keys - length
     seen = end - start + ahead
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -283,22 +291,22 @@ def attention_dq_kernel(
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for run in tl.static_range(0 if WINDOW else 2, 4):
-        begin, stop = _run(run, first + ahead, BLOCK_M, seen, window, global_tokens, BLOCK_N)
+        begin, stop = _run(run, first + ahead, BLOCK_M, seen, rule, BLOCK_N)
         acc = _dq(
-            acc, q, dout, lse, delta, k_ptr, v_ptr, begin, stop, place, seen, slope, scale,
-            window, global_tokens, dim, k_strides, v_strides, SLOPES, run != 2, BLOCK_N, BLOCK_D,
+            acc, q, dout, lse, delta, k_ptr, v_ptr, begin, stop, place, seen, slope, rule, dim,
+            k_strides, v_strides, SLOPES, run != 2, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     at = offset64(b, length) + start + m
     at = offset64(at * heads + head, dim)[:, None] + d[None, :]
-    dq = (acc * scale).to(dq_ptr.dtype.element_ty)
+    dq = (acc * rule[0]).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + at, dq, mask=mask[:, None] & (d < dim)[None, :])
 
 
 @triton.jit
 def _dkdv(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, begin, end, key, queries, ahead, slope,
-    scale, window, global_tokens, dim, q_strides, do_strides, SLOPES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    rule, dim, q_strides, do_strides, SLOPES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_M):
@@ -309,8 +317,8 @@ def _dkdv(
         lse = tl.load(lse_ptr + m, mask=m < queries, other=float("inf"))
         delta = tl.load(delta_ptr + m, mask=m < queries, other=0.0)
         kq = tl.dot(k, q.T, input_precision="ieee")
-        scores = _scores(kq, (m + ahead)[None, :], key[:, None], queries + ahead, slope, scale,
-                         window, global_tokens, SLOPES, True)  # fmt: skip
+        scores = _scores(kq, (m + ahead)[None, :], key[:, None], queries + ahead, slope, rule,
+                         SLOPES, True)  # fmt: skip
         p = tl.exp(scores - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, dout.T, input_precision="ieee")
@@ -331,9 +339,7 @@ def attention_dkdv_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
-    scale,
-    window,
-    global_tokens,
+    rule,
     tiles,
     length,
     keys,
@@ -355,6 +361,7 @@ def attention_dkdv_kernel(
     b, start, end, first = _tile(table_ptr, tile, tiles, keys, PACKED, BLOCK_N)
     if first >= end - start:
         return
+    scale, window, global_tokens = rule
     ahead = 0 if PACKED else keys - length
     queries = end - start - ahead
     n, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -376,8 +383,8 @@ def attention_dkdv_kernel(
         slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
         dk, dv = _dkdv(
             dk, dv, k, v, q_ptr + q_at, dout_ptr + do_at, lse_ptr + sums_at, delta_ptr + sums_at,
-            lowest, highest, n, queries, ahead, slope, scale, window, global_tokens, dim,
-            q_strides, do_strides, SLOPES, BLOCK_M, BLOCK_D,
+            lowest, highest, n, queries, ahead, slope, rule, dim, q_strides, do_strides, SLOPES,
+            BLOCK_M, BLOCK_D,
         )  # fmt: skip
     at = offset64(b, keys) + start + n
     at = offset64(at * groups + group, dim)[:, None] + d[None, :]
@@ -396,7 +403,7 @@ def forward(q, k, v, cu_seqlens, slopes, scale, window, global_tokens, config):
     tiles, table = _tiles(cu_seqlens, rows, length, config.block_m)
     slopes, rule, flags = _rule(slopes, scale, window, global_tokens, keys)
     attention_forward_kernel[(tiles * heads,)](
-        q, k, v, slopes, table, out, lse, *rule, tiles, length, keys, heads, groups, dim,
+        q, k, v, slopes, table, out, lse, rule, tiles, length, keys, heads, groups, dim,
         q.stride(), k.stride(), v.stride(), PACKED=cu_seqlens is not None, **flags,
         WINDOW=window is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -425,12 +432,12 @@ def backward(
                   num_warps=config.num_warps, num_stages=config.num_stages)  # fmt: skip
     tiles, table = _tiles(cu_seqlens, rows, keys, config.block_m)
     attention_dkdv_kernel[(tiles * groups,)](
-        q, k, v, dout, slopes, table, lse, delta, dk, dv, *rule, tiles, *sizes, *strides, **flags,
+        q, k, v, dout, slopes, table, lse, delta, dk, dv, rule, tiles, *sizes, *strides, **flags,
         BLOCK_M=config.block_n, BLOCK_N=config.block_m,
     )  # fmt: skip
     tiles, table = _tiles(cu_seqlens, rows, length, config.block_m)
     attention_dq_kernel[(tiles * heads,)](
-        q, k, v, dout, slopes, table, lse, delta, dq, *rule, tiles, *sizes, *strides, **flags,
+        q, k, v, dout, slopes, table, lse, delta, dq, rule, tiles, *sizes, *strides, **flags,
         WINDOW=window is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
     )  # fmt: skip
     return dq, dk, dv
