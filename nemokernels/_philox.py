@@ -67,12 +67,12 @@ def rounding_seed(
     """A ``seed`` argument as a one-element int64 tensor on the state's device; None stays None.
 
     Raises:
-        TypeError, ValueError: it is no 64-bit integer, or the state is not float16.
+        TypeError, ValueError: it is no 64-bit integer, or the state has no 16-bit dtype.
     """
     if seed is None:
         return None
-    check(where, state.dtype == torch.float16,
-          "`seed` asks for stochastic rounding, which needs a float16 state, got {}",
+    check(where, state.dtype in (torch.float16, torch.bfloat16),
+          "`seed` asks for stochastic rounding, which needs a float16 or bfloat16 state, got {}",
           state.dtype)  # fmt: skip
     check(where, rounds >= 1, "`philox_rounds` must be at least 1, got {}", rounds)
     if isinstance(seed, torch.Tensor):

@@ -256,7 +256,7 @@ PACKED = dict(cu_seqlens=torch.tensor([0, 1, 3], dtype=torch.int32))
         (dict(cu_seqlens=torch.tensor([0, 1, 3])), TypeError, "`cu_seqlens` is torch.int64"),
         (dict(cu_seqlens=torch.zeros(0).int()), ValueError, "`cu_seqlens` is empty"),
         (PACKED, ValueError, "`state_batch_indices` has shape"),
-        (dict(seed=1), ValueError, "`seed` asks for .* float16 state, got torch.float32"),
+        (dict(seed=1), ValueError, "`seed` asks for .* or bfloat16 state, got torch.float32"),
         (dict(seed=1.0, state=HALF), TypeError, "`seed` must be an int"),
         (dict(seed=1 << 64, state=HALF), ValueError, "`seed` is 184467440737095516"),
         (dict(seed=torch.ones(2).long(), state=HALF), ValueError, "`seed` has shape"),

@@ -73,13 +73,14 @@ def test_speculation(dtype):
     compare(torch.randn(60, 64, 64, 128).to(dtype), args)
 
 
+@pytest.mark.parametrize("state_dtype", [BF16, F16])
 @pytest.mark.parametrize("seed", [0, 7, (1 << 64) - 1])
-def test_stochastic_rounding(seed):
+def test_stochastic_rounding(seed, state_dtype):
     """Exact sums, so that bits are decided by the random numbers alone."""
     H, P, N = 8, 64, 128
     args = problem(6, H, P, N, 1, F16)
     args.update(dt=torch.ones(6, H, 1), A=torch.zeros(H, 1, 1), dt_bias=None, dt_softplus=False)
-    state = torch.randn(9, H, P, N).half()
+    state = torch.randn(9, H, P, N).to(state_dtype)
     native = state.cuda()
     slots = torch.tensor([8, 1, 2, 5, 0, 3])
     selective_state_update(state, **args, state_batch_indices=slots, seed=seed)

@@ -1,11 +1,14 @@
 """selective_state_update: slots, packed tokens, rollback and stochastic rounding."""
 
+import itertools
+
 import pytest
 import torch
 
 from nemokernels import selective_state_update
 from nemokernels.ops.state_update import ref
 
+F16, BF16 = torch.float16, torch.bfloat16
 H, P, N, G = 3, 5, 11, 1
 
 
@@ -84,7 +87,7 @@ def test_every_token_gets_its_slot():
 
 
 @pytest.mark.parametrize("accepted", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, F16])
 def test_rejected_drafts_leave_no_trace(accepted, dtype):
     """Base token and three drafts; then a step from the last accepted one."""
     args, follow = inputs(4), inputs(2)
@@ -220,17 +223,20 @@ def noise_by_definition(seed, counter, rounds):
     return c
 
 
-def half_by_definition(value, noise):
-    """Floor of |value| / spacing + noise / 2**13 in exact integers, times the spacing."""
+def rounded_by_definition(value, noise, dtype):
+    """Floor of |value| / spacing + noise / 2**bits in exact integers, times the spacing."""
     if value != value or abs(value) == float("inf"):
         return value
+    digits, bits = (11, 13) if dtype == F16 else (8, 16)
     sign = -1.0 if str(value).startswith("-") else 1.0
     kept = 0.0
     if value != 0:
-        spacing = 2.0 ** (torch.tensor(abs(value), dtype=torch.float64).frexp()[1].item() - 11)
-        kept = float(int(abs(value) / spacing * 8192 + noise) >> 13) * spacing
-    kept = 0.0 if kept < 2.0**-14 else float("inf") if kept >= 65536 else kept
-    return sign * kept
+        exponent = torch.tensor(abs(value), dtype=torch.float64).frexp()[1].item()
+        spacing = 2.0 ** (max(exponent, -125) - digits)
+        kept = float(int(abs(value) / spacing * 2**bits + noise) >> bits) * spacing
+    if dtype == F16:
+        kept = 0.0 if kept < 2.0**-14 else float("inf") if kept >= 65536 else kept
+    return sign * (float("inf") if kept >= 2.0**128 else kept)
 
 
 VALUES = [1.0, -1.0, 1.0 + 2**-23, 1.0 + 2**-10 - 2**-23, 1.5 + 2**-11, -3.14159, 0.1, 65504.0,
@@ -238,29 +244,38 @@ VALUES = [1.0, -1.0, 1.0 + 2**-23, 1.0 + 2**-10 - 2**-23, 1.5 + 2**-11, -3.14159
           1e-40, 0.0, -0.0, -(2.0**-14) + 2**-38]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("value", VALUES)
-def test_stochastic_half_over_all_noise(value):
+def test_stochastic_rounding_over_all_noise(value, dtype):
     x = torch.tensor(value, dtype=torch.float32)
-    noise = torch.arange(8192) if abs(value) < 65519 else torch.arange(0, 8192, 7)
-    got = ref.stochastic_half(x.expand(noise.numel()).contiguous(), noise)
-    want = torch.tensor([half_by_definition(x.item(), n) for n in noise.tolist()]).half()
-    assert torch.equal(got.view(torch.int16), want.view(torch.int16))
-    if 2.0**-14 <= abs(x.item()) < 65504:
+    noise = torch.arange(8192 if dtype == F16 else 65536)
+    got = ref.round_stochastically(x.expand(noise.numel()).contiguous(), noise, dtype)
+    few = range(0, noise.numel(), 7 if dtype == F16 else 61)
+    want = torch.tensor([rounded_by_definition(x.item(), n, dtype) for n in few]).to(dtype)
+    assert torch.equal(got[:: few.step].view(torch.int16), want.view(torch.int16))
+    if dtype == BF16 or 2.0**-14 <= abs(x.item()) < 65504:
         # All noise values together give the value back: no bias at all.
         assert got.double().mean().item() == x.item()
+    again = ref.round_stochastically(x[None], torch.tensor([-1 << noise.numel().bit_length() - 1]),
+                                     dtype)  # fmt: skip
+    assert torch.equal(again, got[:1]), "bits above those it needs count"
 
 
 def test_non_finite_values_survive_every_noise():
     payloads = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32)
-    x = torch.cat([torch.tensor([torch.inf, -torch.inf, 3.4e38]), payloads.view(torch.float32)])
-    for noise in (0, 1, 8191):
-        got = ref.stochastic_half(x, torch.full((8,), noise))
-        assert got[:3].tolist() == [torch.inf, -torch.inf, torch.inf] and got[3:].isnan().all()
+    x = torch.cat([torch.tensor([torch.inf, -torch.inf, 3.402e38]), payloads.view(torch.float32)])
+    for noise, dtype in itertools.product((0, 1, 8191, 65535), (F16, BF16)):
+        got = ref.round_stochastically(x, torch.full((8,), noise), dtype)
+        assert got[:2].tolist() == [torch.inf, -torch.inf] and got[3:].isnan().all()
+        # The largest float32s are far beyond float16, and within a step of bfloat16's largest.
+        down = dtype == BF16 and noise < 8191
+        assert got[2] == (torch.finfo(BF16).max if down else torch.inf)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("seed", [0, 7, 1 << 40, (1 << 64) - 3])
-def test_noise_is_philox_of_the_element_offset(seed):
-    state, args = states(4, torch.float16), inputs(2)
+def test_noise_is_philox_of_the_element_offset(seed, dtype):
+    state, args = states(4, dtype), inputs(2)
     exact, slots = state.float(), torch.tensor([3, 1])
     selective_state_update(exact, **args, state_batch_indices=slots)
     selective_state_update(state, **args, state_batch_indices=slots, seed=seed, philox_rounds=7)
@@ -268,8 +283,9 @@ def test_noise_is_philox_of_the_element_offset(seed):
         for h, p in ((0, 0), (1, 3), (H - 1, P - 1)):
             for n in range(N):
                 words = noise_by_definition(seed, ((slot * H + h) * P + p) * N + 8 * (n // 8), 7)
-                noise = words[n % 8 // 2] >> (16 * (n % 2)) & 0x1FFF
-                want = half_by_definition(exact[slot, h, p, n].item(), noise)
+                noise = words[n % 8 // 2] >> (16 * (n % 2))
+                noise &= 0x1FFF if dtype == F16 else 0xFFFF
+                want = rounded_by_definition(exact[slot, h, p, n].item(), noise, dtype)
                 assert state[slot, h, p, n].item() == want
 
 
@@ -277,12 +293,12 @@ def test_offsets_past_32_bits_reach_the_counter():
     slots = torch.tensor([0, 1 << 28])
     bits = ref.rounding_bits((4, 4, 32), slots, torch.tensor([5]), 5)
     words = noise_by_definition(5, 1 << 37, 5)
-    want = [w >> shift & 0x1FFF for w in words for shift in (0, 16)]
+    want = [w >> shift & 0xFFFF for w in words for shift in (0, 16)]
     assert bits[1, 0, 0, :8].tolist() == want
 
 
 def test_noise_depends_on_seed_and_slot_alone():
-    args, start = inputs(4), states(8, torch.float16)
+    args, start = inputs(4), states(8, F16)
     slots, seed = torch.tensor([6, 0, 3, 5]), torch.tensor([11])
 
     def run(order, seed=seed, **options):
@@ -308,7 +324,7 @@ def test_noise_depends_on_seed_and_slot_alone():
 def test_rounding_noise_of_a_step_is_unbiased():
     """Each value goes up with its own probability p; the total has variance sum p (1 - p)."""
     rows = 40
-    args, state = inputs(rows), states(rows, torch.float16)
+    args, state = inputs(rows), states(rows, F16)
     exact = state.float()
     y = selective_state_update(exact, **args)
     assert torch.equal(selective_state_update(state, **args, seed=1234), y)
@@ -326,10 +342,11 @@ def test_rounding_noise_of_a_step_is_unbiased():
 
 
 def test_packed_tokens_are_rounded_with_the_noise_of_their_slot():
-    args, state = inputs(3), states(4, torch.float16)
+    args, state = inputs(3), states(4, F16)
     exact, slots = state.float(), torch.tensor([[2, 0, 3]])
     packed = dict(state_batch_indices=slots, cu_seqlens=cu(3))
     y = selective_state_update(exact, **args, **packed)
     assert torch.equal(selective_state_update(state, **args, **packed, seed=3), y)
     bits = ref.rounding_bits((H, P, N), slots[0], torch.tensor([3]), 5)
-    assert torch.equal(state[slots[0]], ref.stochastic_half(exact[slots[0]], bits))
+    rounded = ref.round_stochastically(exact[slots[0]], bits, F16)
+    assert torch.equal(state[slots[0]], rounded)

@@ -57,9 +57,10 @@ def test_limits(limits):
     compare(mamba_steps.problem(limits=limits))
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_stochastic_rounding_draws_the_same_bits(tokens):
-    problem = mamba_steps.problem(H=2, G=1, dtype=F16, state_dtype=F16, tokens=tokens, seed=11)
+@pytest.mark.parametrize("tokens, state_dtype", [(1, F16), (2, F16), (2, BF16)])
+def test_stochastic_rounding_draws_the_same_bits(tokens, state_dtype):
+    problem = mamba_steps.problem(H=2, G=1, dtype=F16, state_dtype=state_dtype, tokens=tokens,
+                                  seed=11)  # fmt: skip
     plain, native = problem.clone(), problem.clone()
     ref.forward(*plain.args())
     config = op.plan(4, 2, 6, 10, F16, "", ("triton",), 2)

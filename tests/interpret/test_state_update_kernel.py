@@ -181,12 +181,13 @@ def exact_products(tokens, N=10, **changed):
                    dt_softplus=False, **changed)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("N, rounds, seed", [(10, 5, 7), (16, 10, -1), (3, 1, 1 << 40)])
-def test_stochastic_rounding_has_the_references_bits(N, rounds, seed):
+def test_stochastic_rounding_has_the_references_bits(N, rounds, seed, dtype):
     args = exact_products(3, N, seed=torch.tensor([seed]), rounds=rounds, source=ints(4, 0, 2))
-    native = torch.randn(5, 4, 6, N).half()
+    native = torch.randn(5, 4, 6, N).to(dtype)
     native[4, 0, 0] = torch.inf
-    native[4, 0, 1, :2] = torch.tensor([torch.nan, 65504.0])
+    native[4, 0, 1, :2] = torch.tensor([torch.nan, torch.finfo(dtype).max])
     native[4, 1] *= 2.0**-14
     plain = native.clone()
     kernel.update(native, *args, config_of(native, 3))
@@ -204,7 +205,7 @@ def test_random_numbers_of_a_far_slot():
     wide = memory.float() + (args[0].float()[..., None] * args[3].float().repeat_interleave(2, 1)
                              [:, :, None])  # fmt: skip
     bits = ref.rounding_bits(memory.shape[1:], torch.tensor([far]), torch.tensor([11]), 5)
-    want = ref.stochastic_half(wide, bits)
+    want = ref.round_stochastically(wide, bits, F16)
     kernel.update(memory.expand(far + 1, 4, 6, 10), *args, config_of(memory, 1))
     assert torch.equal(memory, want)
 

@@ -69,7 +69,7 @@ def mamba_step(
         slots: (B,) int32, all different; without it row b uses slot b. Negative: a padding row,
             whose output is zero and which touches no state.
         dt_limit: least and largest d.
-        seed: rounds a float16 ssm_state stochastically, exactly as ``selective_state_update`` does
+        seed: rounds a 16-bit ssm_state stochastically, exactly as ``selective_state_update`` does
             with slots counted over (slots, M). **Another one at every step and layer.**
         philox_rounds: rounds of the generator, at least 1.
 

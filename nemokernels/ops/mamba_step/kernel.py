@@ -234,7 +234,7 @@ def step(
             *conv_state.stride(), *ssm_state.stride(), *conv_weight.stride(),
             W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, HAS_D=D is not None,
             HAS_Z=z is not None, HAS_DT_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
-            STOCHASTIC=seed is not None and ssm_state.dtype == torch.float16, ROUNDS=rounds,
+            STOCHASTIC=seed is not None and ssm_state.dtype.itemsize == 2, ROUNDS=rounds,
             BLOCK_P=config.block_p, BLOCK_N=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip
     return y

@@ -59,13 +59,14 @@ def selective_state_update(
     **Conflicts.** Within one call no slot may be written twice, nor written by one sequence and
     started from by another. Several sequences may start from one slot that none writes.
 
-    **Stochastic rounding.** With ``seed``, a float16 state is stored rounded up or down with
-    probability proportional to the distance, from 13 random bits: they are added below the kept
-    mantissa bits of the magnitude, which is then truncated. Afterwards magnitudes below 2**-14
-    become zero of the same sign, those from 65536 infinity; infinities and NaN stay. The bits are
+    **Stochastic rounding.** With ``seed``, a float16 or bfloat16 state is stored rounded up or down
+    with probability proportional to the distance, from 13 or 16 random bits: they are added below
+    the kept mantissa bits of the magnitude, which is then truncated. Infinities and NaN stay. In
+    float16 magnitudes below 2**-14 become zero of the same sign, those from 65536 infinity. The
+    bits are
     Philox-4x32 words of key ``seed`` and counter ``((slot * H + h) * P + p) * N + 8 * (n // 8)``,
     the element offset within a contiguous state of a group of 8 neighbours along N; pair
-    ``(n % 8) // 2`` takes that word, its even element bits 12:0, its odd element bits 28:16. The
+    ``(n % 8) // 2`` takes that word, its even element from bit 0 on, its odd one from bit 16. The
     noise depends on seed and slot alone, not on batch or grid, so **pass another seed at every
     step and layer**, or errors repeat instead of averaging out.
 

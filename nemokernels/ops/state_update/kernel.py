@@ -17,23 +17,28 @@ from nemokernels._triton import cdiv
 
 
 @triton.jit
-def _random_bits(seed, counter, ROUNDS: tl.constexpr):
-    # 13 bits for each of the 8 neighbours of every counter (rows, N / 8): pair i of a group takes
-    # word i, its low half first. Interleaving puts the two tensors' elements in turn.
+def _random_bits(seed, counter, NOISE: tl.constexpr, ROUNDS: tl.constexpr):
+    # Up to 16 bits, those of the mask NOISE, for each of the 8 neighbours of every counter
+    # (rows, N / 8): pair i of a group takes word i, its low half first. Interleaving puts the two
+    # tensors' elements in turn.
     word0, word1, word2, word3 = tl.randint4x(seed, counter, ROUNDS)
     words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
-    return tl.interleave(words & 0x1FFF, (words >> 16) & 0x1FFF).to(tl.int32)
+    return tl.interleave(words & NOISE, (words >> 16) & NOISE).to(tl.int32)
 
 
 @triton.jit
-def _stochastic_half(value, bits):
-    # As ref.stochastic_half, on the bits: 0x7F800000 is infinity, 0x38800000 is 2**-14.
+def _round_stochastically(value, seed, counter, dtype: tl.constexpr, ROUNDS: tl.constexpr):
+    # As ref.round_stochastically, on the bits: 0x7F800000 is infinity, 0x38800000 is 2**-14.
+    HALF: tl.constexpr = dtype == tl.float16
+    NOISE: tl.constexpr = 0x1FFF if HALF else 0xFFFF
     word = value.to(tl.int32, bitcast=True)
     magnitude = word & 0x7FFFFFFF
-    kept = (magnitude + bits) & 0x7FFFE000
-    kept = tl.where(kept < 0x38800000, 0, kept)
+    bits = _random_bits(seed, counter, NOISE, ROUNDS)
+    kept = (magnitude + bits) & (0x7FFFFFFF - NOISE)
+    if HALF:
+        kept = tl.where(kept < 0x38800000, 0, kept)
     rounded = (kept | (word ^ magnitude)).to(tl.float32, bitcast=True)
-    return tl.where(magnitude < 0x7F800000, rounded, value).to(tl.float16)
+    return tl.where(magnitude < 0x7F800000, rounded, value).to(dtype)
 
 
 @triton.jit
@@ -50,8 +55,8 @@ def store_state(
 ):  # fmt: skip
     """Round a state to the cache's dtype and store it at ``ptr``; not if ``slot`` is negative."""
     if STOCHASTIC:
-        bits = _random_bits(seed, offset64(slot, slot_elements) + counter, ROUNDS)
-        value = _stochastic_half(value, bits)
+        counter += offset64(slot, slot_elements)
+        value = _round_stochastically(value, seed, counter, ptr.dtype.element_ty, ROUNDS)
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask & (slot >= 0))
 
 
@@ -253,7 +258,7 @@ def update(
             HAS_TARGET=target is not None,
             TARGET_PER_TOKEN=target is not None and target.dim() == 2,
             PACKED=cu_seqlens is not None,
-            STOCHASTIC=seed is not None and state.dtype == torch.float16, ROUNDS=rounds,
+            STOCHASTIC=seed is not None and state.dtype.itemsize == 2, ROUNDS=rounds,
             BLOCK_P=config.block_p, BLOCK_N=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip
     return y
@@ -307,5 +312,6 @@ def specialisations():
         "nano3 float32, batch 1": (1, 64, torch.float32),
         "super float32, 64 x 4 tokens": (64, 128, torch.float32, 4),
         "nano3 stochastic float16, batch 256": (256, 64, torch.float16, 1, seed),
+        "nano3 stochastic bfloat16, batch 256": (256, 64, torch.bfloat16, 1, seed),
     }.items():
         yield _triton.Specialisation(label, launch(*args))

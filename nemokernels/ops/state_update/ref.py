@@ -16,6 +16,7 @@ from nemokernels._philox import philox4x32
 from nemokernels._registry import acc_dtype
 
 FN = "selective_state_update"
+LACKS = {torch.float16: 13, torch.bfloat16: 16}  # mantissa bits that float32 has more
 
 
 def forward(
@@ -70,23 +71,28 @@ def forward(
     return y.to(x.dtype)
 
 
-def stochastic_half(value: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """float32 to float16, up with probability (distance to the lower neighbour) / spacing.
+def round_stochastically(
+    value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """float32 to ``dtype``, up with probability (distance to the lower neighbour) / spacing.
 
-    ``bits`` holds 13 random bits per element, added below the 10 kept mantissa bits of the
-    magnitude before it is truncated. Magnitudes below 2**-14 afterwards become zero of the same
-    sign, from 65536 on infinity; infinities and NaN stay.
+    Of the random ``bits`` of an element the lowest 13 (float16) or 16 (bfloat16) are added below
+    the kept mantissa bits of the magnitude, which is then truncated. Infinities and NaN stay. In
+    float16 magnitudes below 2**-14 afterwards become zero of the same sign, from 65536 on infinity;
+    bfloat16 has the range of float32.
     """
-    magnitude = (value.view(torch.int32) & 0x7FFFFFFF) + bits.to(torch.int32)
-    kept = (magnitude & ~0x1FFF).view(torch.float32)
-    kept = torch.where(kept < 2.0**-14, 0.0, kept)
-    return torch.where(value.isfinite(), kept.copysign(value), value).to(torch.float16)
+    noise = (1 << LACKS[dtype]) - 1
+    magnitude = (value.view(torch.int32) & 0x7FFFFFFF) + (bits & noise).to(torch.int32)
+    kept = (magnitude & ~noise).view(torch.float32)
+    if dtype == torch.float16:
+        kept = torch.where(kept < 2.0**-14, 0.0, kept)
+    return torch.where(value.isfinite(), kept.copysign(value), value).to(dtype)
 
 
 def rounding_bits(
     shape: torch.Size, slots: torch.Tensor, seed: torch.Tensor, rounds: int
 ) -> torch.Tensor:
-    """13 random bits for every element of the states (H, P, N) in these slots.
+    """16 random bits for every element of the states (H, P, N) in these slots.
 
     A group of 8 neighbours along N shares one Philox call, whose counter is the group's element
     offset; pair i of the group takes word i, low half first.
@@ -96,7 +102,7 @@ def rounding_bits(
     group = torch.arange(0, N, 8, device=slots.device)
     offset = (slots.view(-1, 1, 1, 1) * (H * P) + row) * N + group
     words = torch.stack(philox4x32(seed, offset, rounds=rounds), -1)
-    return torch.stack((words & 0x1FFF, (words >> 16) & 0x1FFF), -1).flatten(3)[..., :N]
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten(3)[..., :N]
 
 
 def rounded(
@@ -107,8 +113,9 @@ def rounded(
     rounds: int,
 ) -> torch.Tensor:
     """``value`` (rows, H, P, N) as it is stored in these slots of a state of ``dtype``."""
-    if seed is not None and dtype == torch.float16:
-        value = stochastic_half(value.float(), rounding_bits(value.shape[1:], slots, seed, rounds))
+    if seed is not None and dtype in LACKS:
+        bits = rounding_bits(value.shape[1:], slots, seed, rounds)
+        return round_stochastically(value.float(), bits, dtype)
     return value.to(dtype)
 
 
