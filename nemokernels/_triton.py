@@ -106,6 +106,11 @@ def as_rows(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """``t.contiguous()``; None stays None."""
+    return None if t is None else t.contiguous()
+
+
 def row_stride(t: torch.Tensor | None) -> int:
     """Elements between the rows of a matrix; 0 for one that is not there."""
     return 0 if t is None else t.stride(0)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, sigmoid
-from nemokernels._triton import cdiv
+from nemokernels._triton import cdiv, contiguous
 
 
 @triton.jit
@@ -421,7 +421,7 @@ def forward(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final, *
     """As ref.forward."""
     x = _channel_last(x)
     rows, tokens, dim = x.shape
-    bias, bounds, owner = _dense(bias), _dense(cu_seqlens), _owner(tokens, cu_seqlens)
+    bias, bounds, owner = contiguous(bias), contiguous(cu_seqlens), _owner(tokens, cu_seqlens)
     initial = _channel_last(initial_states)
     y = x.new_empty(x.shape)
     grid = (rows * cdiv(tokens, config.block_t) * cdiv(dim, config.block_d),)
@@ -444,7 +444,7 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, s
     """As ref.backward."""
     x, dy, initial = _channel_last(x), _channel_last(dy), _channel_last(initial_states)
     (rows, tokens, dim), width = x.shape, weight.shape[1]
-    dense_bias, bounds, owner = _dense(bias), _dense(cu_seqlens), _owner(tokens, cu_seqlens)
+    dense_bias, bounds, owner = contiguous(bias), contiguous(cu_seqlens), _owner(tokens, cu_seqlens)
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = dfinal.contiguous() if dfinal.shape[0] else None
     dx = x.new_empty(x.shape)
@@ -483,7 +483,7 @@ def update(
     x = _channel_last(x)
     rows, tokens, dim = x.shape
     bias, lengths, slots, accepted = map(
-        _dense, (bias, cache_seqlens, conv_state_indices, num_accepted_tokens)
+        contiguous, (bias, cache_seqlens, conv_state_indices, num_accepted_tokens)
     )
     y = x.new_empty(x.shape)
     grid = (rows * cdiv(dim, config.block_d),)
@@ -530,10 +530,6 @@ def _owner(tokens: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
 
 def _channel_last(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(2) == 1 else x.contiguous()
-
-
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _strides(t: torch.Tensor | None) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nemokernels import _ext
+from nemokernels._triton import contiguous
 
 WARPS = 4  # per block, conv1d::kWarps in csrc/causal_conv1d/causal_conv1d.h
 
@@ -35,7 +36,7 @@ def forward(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final, *
     y = x.new_empty(x.shape)
     states = x.new_empty(sequences if final else 0, weight.shape[1] - 1, x.shape[2])
     _forward(
-        x, weight, bias, seq_idx, initial_states, _dense(cu_seqlens), silu, config.chunk, y,
+        x, weight, bias, seq_idx, initial_states, contiguous(cu_seqlens), silu, config.chunk, y,
         states if final else None,
     )  # fmt: skip
     return y, states
@@ -53,7 +54,7 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, s
     dinitial = x.new_empty(0 if initial_states is None else sequences, width - 1, dim)
     _backward(
         dy, dfinal if dfinal.shape[0] > 0 else None, x, weight, bias, seq_idx, initial_states,
-        _dense(cu_seqlens), silu, config.chunk, partial, dx, dweight, dbias,
+        contiguous(cu_seqlens), silu, config.chunk, partial, dx, dweight, dbias,
         None if initial_states is None else dinitial,
     )  # fmt: skip
     return dx, dweight, dbias, dinitial
@@ -64,7 +65,7 @@ def update(
     *, config,
 ):  # fmt: skip
     y = x.new_empty(x.shape)
-    per_row = map(_dense, (cache_seqlens, conv_state_indices, num_accepted_tokens))
+    per_row = map(contiguous, (cache_seqlens, conv_state_indices, num_accepted_tokens))
     _update(x, conv_state, weight, bias, silu, *per_row, y)
     return y
 
@@ -77,7 +78,3 @@ def varlen_states(x, cu_seqlens, state_len, *, config):
 
 def _channel_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()

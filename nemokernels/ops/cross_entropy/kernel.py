@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemokernels import _triton
 from nemokernels._tl import offset64
-from nemokernels._triton import cdiv
+from nemokernels._triton import as_rows, cdiv
 
 GROUP = 16  # rows of tiles that follow each other, so that the other operand stays in the L2 cache
 
@@ -273,7 +273,7 @@ def cross_entropy_product_kernel(
 
 def forward(hidden, weight, targets, ignore_index, first, classes, sums, config):
     """As ref.forward; a target that is no class leaves NaN."""
-    hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
+    hidden, weight, targets = as_rows(hidden), as_rows(weight), targets.contiguous()
     tokens, here = hidden.shape[0], weight.shape[0]
     lse, chosen, total = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
     if not tokens:
@@ -298,7 +298,7 @@ def backward(
     dlse, dchosen, dtotal, hidden, weight, targets, lse, ignore_index, first, classes, config
 ):
     """As ref.backward; a target that is no class leaves NaN."""
-    hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
+    hidden, weight, targets = as_rows(hidden), as_rows(weight), targets.contiguous()
     tokens, here = hidden.shape[0], weight.shape[0]
     dweight = weight.new_empty(weight.shape)
     if not tokens or not here:
@@ -357,10 +357,6 @@ def _operand(t: torch.Tensor, rows: int, columns: int, tma: bool):
     if tma and aligned and t.shape[1] <= t.stride(0) and t.shape[0] < 2**31:
         return True, TensorDescriptor.from_tensor(t, [rows, columns])
     return False, t
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def specialisations():

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, raise_amax, squared_relu, to_fp8
-from nemokernels._triton import cdiv
+from nemokernels._triton import cdiv, contiguous
 from nemokernels.ops.fp8 import ref
 
 FLOAT_MAX = tl.constexpr(ref.FLOAT_MAX)
@@ -187,7 +187,7 @@ def update(scales, histories, amax, tops, most_recent, config):
     length, columns = histories[0].shape[0], top.numel()
     if columns:
         update_kernel[(columns,)](
-            table, top, None if amax is None else amax.contiguous(), length,
+            table, top, contiguous(amax), length,
             MOST_RECENT=most_recent, HAS_AMAX=amax is not None,
             BLOCK=_triton.next_power_of_2(length), num_warps=4 if length > 128 else 1,
         )  # fmt: skip

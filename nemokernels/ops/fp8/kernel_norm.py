@@ -13,10 +13,10 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, raise_amax, to_fp8
-from nemokernels._triton import as_rows, cdiv, row_stride
+from nemokernels._triton import as_rows, cdiv, contiguous, row_stride
 from nemokernels.ops.fp8 import ref
 from nemokernels.ops.fp8.kernel import store_inverse
-from nemokernels.ops.gated_rms_norm.kernel import load_gate
+from nemokernels.ops.gated_rms_norm.kernel import load_gated, scale_shift
 from nemokernels.ops.rms_norm.kernel import load_sum, wide_rstd
 
 
@@ -129,9 +129,7 @@ def gated_rms_norm_fp8_kernel(
     for start in range(0, group_size, BLOCK):
         at = (group * group_size + start + lane)[None, :]
         mask = live & (start + lane < group_size)[None, :]
-        v = tl.load(x_ptr + x_row + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_Z and not NORM_BEFORE_GATE:
-            v *= load_gate(z_ptr, z_row + at, mask)
+        v, _ = load_gated(x_ptr, z_ptr, x_row + at, z_row + at, mask, HAS_Z, NORM_BEFORE_GATE)
         square += v * v
     rstd = tl.rsqrt(tl.sum(square, 1) / group_size + eps)
     tl.store(rstd_ptr + offset64(row, groups) + group, rstd, mask=row < rows)
@@ -143,18 +141,10 @@ def gated_rms_norm_fp8_kernel(
         at = column[None, :]
         inside = (start + lane < group_size)[None, :]
         mask = live & inside
-        y = tl.load(x_ptr + x_row + at, mask=mask, other=0.0).to(tl.float32)
-        if HAS_Z:
-            gate = load_gate(z_ptr, z_row + at, mask)
-            if not NORM_BEFORE_GATE:
-                y *= gate
-        y = y * rstd[:, None] * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_Z and NORM_BEFORE_GATE:
-            y *= gate
+        v, gate = load_gated(x_ptr, z_ptr, x_row + at, z_row + at, mask, HAS_Z, NORM_BEFORE_GATE)
+        y = scale_shift(v, rstd, weight_ptr, bias_ptr, at, inside, HAS_BIAS)
         seen = _emit(
-            y, y_ptr, q_ptr, q_t_ptr, scale, seen, row, column, rows, width, mask, LARGEST,
+            gate * y, y_ptr, q_ptr, q_t_ptr, scale, seen, row, column, rows, width, mask, LARGEST,
             TRANSPOSE,
         )  # fmt: skip
     raise_amax(amax_ptr, seen)
@@ -186,7 +176,7 @@ def gated_rms_norm(
     x, z = as_rows(x), as_rows(z)
     rows = x.shape[0]
     gated_rms_norm_fp8_kernel[(cdiv(rows, config.rows) * groups,)](
-        x, weight.contiguous(), None if bias is None else bias.contiguous(), z, scale, y, rstd,
+        x, weight.contiguous(), contiguous(bias), z, scale, y, rstd,
         *outputs, rows, groups, group_size, eps, x.stride(0), row_stride(z),
         LARGEST=ref.largest(dtype), HAS_BIAS=bias is not None, HAS_Z=z is not None,
         NORM_BEFORE_GATE=norm_before_gate, TRANSPOSE=transpose, BLOCK_ROWS=config.rows,

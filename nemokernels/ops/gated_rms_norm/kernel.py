@@ -11,13 +11,32 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, sigmoid
-from nemokernels._triton import as_rows, cdiv, row_stride
+from nemokernels._triton import as_rows, cdiv, contiguous, row_stride
 
 
 @triton.jit
-def load_gate(z_ptr, z_at, mask):
-    z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
-    return z * sigmoid(z)
+def load_gated(
+    x_ptr, z_ptr, x_at, z_at, mask, HAS_Z: tl.constexpr, NORM_BEFORE_GATE: tl.constexpr
+):  # fmt: skip
+    # What is normalised, and the factor of the result: x silu(z) and 1, or x and silu(z).
+    v = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    gate = 1.0
+    if HAS_Z:
+        z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
+        gate = z * sigmoid(z)
+        if not NORM_BEFORE_GATE:
+            v *= gate
+            gate = 1.0
+    return v, gate
+
+
+@triton.jit
+def scale_shift(v, rstd, weight_ptr, bias_ptr, column, inside, HAS_BIAS: tl.constexpr):
+    # v * rstd * weight + bias. column and inside broadcast against a row.
+    y = v * rstd[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -47,18 +66,10 @@ def gated_rms_norm_forward_kernel(
     column = group * group_size + lane
     mask = (row < rows)[:, None] & inside[None, :]
     x_at = offset64(row, stride_x_row)[:, None] + column[None, :]
-    v = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_Z:
-        z_at = offset64(row, stride_z_row)[:, None] + column[None, :]
-        gate = load_gate(z_ptr, z_at, mask)
-        if not NORM_BEFORE_GATE:
-            v *= gate
+    z_at = offset64(row, stride_z_row)[:, None] + column[None, :]
+    v, gate = load_gated(x_ptr, z_ptr, x_at, z_at, mask, HAS_Z, NORM_BEFORE_GATE)
     rstd = tl.rsqrt(tl.sum(v * v, 1) / group_size + eps)
-    y = v * rstd[:, None] * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_Z and NORM_BEFORE_GATE:
-        y *= gate
+    y = gate * scale_shift(v, rstd, weight_ptr, bias_ptr, column, inside, HAS_BIAS)
     y_at = offset64(row, groups * group_size)[:, None] + column[None, :]
     tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + offset64(row, groups) + group, rstd, mask=row < rows)
@@ -157,7 +168,7 @@ def forward(x, weight, bias, z, eps, group_size, norm_before_gate, config):
     rows = x.shape[0]
     if rows and groups:
         gated_rms_norm_forward_kernel[(cdiv(rows, config.rows) * groups,)](
-            x, _dense(weight), _dense(bias), z, y, rstd, rows, groups, group_size, eps,
+            x, contiguous(weight), contiguous(bias), z, y, rstd, rows, groups, group_size, eps,
             x.stride(0), row_stride(z), HAS_BIAS=bias is not None, HAS_Z=z is not None,
             NORM_BEFORE_GATE=norm_before_gate, BLOCK_ROWS=config.rows, BLOCK=config.block,
             num_warps=config.num_warps,
@@ -179,7 +190,7 @@ def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config)
     programs = min(config.programs, max(cdiv(rows, config.rows), 1))
     partial = x.new_empty(1 if bias is None else 2, programs, width, dtype=torch.float32)
     gated_rms_norm_backward_kernel[(programs * groups,)](
-        dy, x, _dense(weight), _dense(bias), z, rstd.contiguous(), dx, dz, partial[0],
+        dy, x, contiguous(weight), contiguous(bias), z, rstd.contiguous(), dx, dz, partial[0],
         partial[-1], rows, groups, group_size, dy.stride(0), x.stride(0), row_stride(z),
         HAS_BIAS=bias is not None, HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate,
         BLOCK_ROWS=config.rows, BLOCK=config.block, STAGES=config.num_stages,
@@ -189,10 +200,6 @@ def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config)
     if bias is not None:
         column_sum(partial[1], dbias)
     return dx, dweight, dbias, dz
-
-
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def specialisations():

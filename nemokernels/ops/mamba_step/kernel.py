@@ -15,7 +15,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, sigmoid, softplus
-from nemokernels._triton import cdiv
+from nemokernels._triton import cdiv, contiguous
 from nemokernels.ops.state_update.kernel import rounding_counters, store_state
 
 
@@ -223,7 +223,7 @@ def step(
     _, M, H, P, N = ssm_state.shape
     y = xBC.new_empty(rows, tokens, H, P)
     conv_bias, A, D, dt_bias, lengths, slots = map(
-        _dense, (conv_bias, A, D, dt_bias, lengths, slots)
+        contiguous, (conv_bias, A, D, dt_bias, lengths, slots)
     )
     grid = (rows * H * cdiv(P, config.block_p),)
     if grid[0] and tokens:
@@ -238,10 +238,6 @@ def step(
             BLOCK_P=config.block_p, BLOCK_N=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip
     return y
-
-
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def specialisations():

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, squared_relu
-from nemokernels._triton import cdiv
+from nemokernels._triton import as_rows, cdiv
 
 TABLE_BLOCK = 32
 
@@ -270,7 +270,7 @@ def tile_table(offsets, slots, rows):
 
 def forward(x, up, down, weights, offsets, order, config):
     """As ref.forward."""
-    x, weights = _rows(x), weights.contiguous()
+    x, weights = as_rows(x), weights.contiguous()
     slots, top_k = order.shape[0], weights.shape[1]
     tiles = _Tiles(offsets, order, top_k, config)
     hidden = tiles.multiply(x, up.mT, x.new_empty(slots, up.shape[1]), "up", True)
@@ -280,7 +280,7 @@ def forward(x, up, down, weights, offsets, order, config):
 
 def backward(dy, x, up, down, weights, offsets, order, hidden, config):
     """As ref.backward."""
-    dy, x, hidden, weights = _rows(dy), _rows(x), _rows(hidden), weights.contiguous()
+    dy, x, hidden, weights = as_rows(dy), as_rows(x), as_rows(hidden), weights.contiguous()
     slots, top_k = order.shape[0], weights.shape[1]
     tiles = _Tiles(offsets, order, top_k, config)
     blocks = cdiv(up.shape[1], config.rows.columns)
@@ -359,10 +359,6 @@ def slot_sum(slots, weights, out, weighted=True):
             num_warps=min(max(block // 256, 1), 8),
         )  # fmt: skip
     return out
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def takes_tma(t: torch.Tensor) -> bool:

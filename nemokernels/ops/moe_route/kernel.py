@@ -15,7 +15,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, sigmoid
-from nemokernels._triton import cdiv
+from nemokernels._triton import cdiv, contiguous
 from nemokernels.ops.moe_route.ref import SUM_EPS
 
 SCAN_ROWS, SCAN_COLUMNS = 64, 32
@@ -247,7 +247,7 @@ def forward(logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob,
     weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
     chosen = logits.new_empty((tokens, top_k), dtype=torch.int32)
     if tokens:
-        bias = None if correction_bias is None else correction_bias.contiguous()
+        bias = contiguous(correction_bias)
         moe_route_choose_kernel[(cdiv(tokens, config.rows),)](
             logits, bias, weights, chosen, tokens, group_size, n_group, scale, *logits.stride(),
             HAS_BIAS=bias is not None, NORM=norm_topk_prob,

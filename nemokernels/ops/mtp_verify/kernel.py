@@ -15,7 +15,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, offset_of
-from nemokernels._triton import cdiv, next_power_of_2
+from nemokernels._triton import cdiv, contiguous, next_power_of_2
 
 
 @triton.jit
@@ -447,7 +447,7 @@ def verify(
     if not batch:
         return accepted, token, logprobs
     lengths, temperature, top_k, top_p, request_ids, positions = map(
-        _dense, (lengths, temperature, top_k, top_p, request_ids, positions)
+        contiguous, (lengths, temperature, top_k, top_p, request_ids, positions)
     )
     sampled = temperature is not None
     cut = sampled and (top_k is not None or top_p is not None)
@@ -492,10 +492,6 @@ def verify(
             **split, BLOCK_DRAW=config.block_draw, BLOCKS_DRAW=next_power_of_2(parts), num_warps=1,
         )  # fmt: skip
     return accepted, token, logprobs
-
-
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def specialisations():

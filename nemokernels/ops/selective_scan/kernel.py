@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from nemokernels._tl import offset64, offset_of, sigmoid, softplus
-from nemokernels._triton import Specialisation, cdiv, next_power_of_2
+from nemokernels._triton import Specialisation, cdiv, contiguous, next_power_of_2
 from nemokernels.ops.ssd.chunks import packed_places
 
 
@@ -347,9 +347,7 @@ class _Problem:
         per_group = self.dim // self.groups
         self.blocks = cdiv(per_group, tile.channels)
         self.grid = (self.sequences * self.groups * self.blocks,)
-        A, D, delta_bias, initial = (
-            None if t is None else t.contiguous() for t in (A, D, delta_bias, initial_states)
-        )
+        A, D, delta_bias, initial = map(contiguous, (A, D, delta_bias, initial_states))
         self.inputs = (u, delta, A, B, C, D, z, delta_bias)
         self.initial = initial
         self.sizes = (self.dim, per_group, self.groups, self.state, self.tiles)

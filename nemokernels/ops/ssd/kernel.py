@@ -8,7 +8,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemokernels._triton import Specialisation, cdiv, next_power_of_2
+from nemokernels._triton import Specialisation, cdiv, contiguous, next_power_of_2
 from nemokernels.ops.ssd import kernel_backward as backward_kernels
 from nemokernels.ops.ssd import kernel_forward as forward_kernels
 from nemokernels.ops.ssd.chunks import fill_forward, packed_places
@@ -80,7 +80,7 @@ def layout(x, B, seq_idx, cu_seqlens, *, chunk: int, block_p: int, tma: bool) ->
         ids = fill_forward(seq_idx).contiguous()
     return Layout(
         batch, tokens, heads, width, groups, state, sequences, chunk, nc, total,
-        bounds, first, owner, None if seq_idx is None else seq_idx.contiguous(), ids,
+        bounds, first, owner, contiguous(seq_idx), ids,
         min(block_p, max(16, next_power_of_2(width))), max(16, next_power_of_2(state)),
         tma and cu_seqlens is None and seq_idx is None,
     )  # fmt: skip
@@ -197,7 +197,7 @@ def forward(
         return out, final, ungated
     sizes = _settle(sizes, x, B, C, out)
     A, D, dt_bias = _small(A), _small(D), _small(dt_bias)
-    initial = None if initial_states is None else initial_states.contiguous()
+    initial = contiguous(initial_states)
     a, b, _ = _steps(sizes, x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, False)
     initial, segments, segment = _enter_segments(
         sizes, x, B, initial, a, b, split=config.segment, reverse=False, launch=config.states
@@ -274,7 +274,7 @@ def backward(
         met, leaving = (TensorDescriptor.from_tensor(t, block) for t in kept)
     tma_met = sizes.TMA and config.tma_met
     kept = (met, leaving) if tma_met else kept
-    initial = None if initial_states is None else initial_states.contiguous()
+    initial = contiguous(initial_states)
     walk = {"split": config.segment, "launch": config.states}
     start, segments, segment = _enter_segments(sizes, x, B, initial, a, b, reverse=False, **walk)
     _states(sizes, x, B, start, a, b, segments=segments, segment=segment, reverse=False,

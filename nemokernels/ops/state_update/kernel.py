@@ -13,7 +13,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, sigmoid, softplus
-from nemokernels._triton import cdiv
+from nemokernels._triton import cdiv, contiguous
 
 
 @triton.jit
@@ -243,7 +243,7 @@ def update(
     y = x.new_empty(x.shape) if cu_seqlens is None else x.new_zeros(x.shape)
     if target is None and source is not None and source.dim() == 2:
         target = source
-    source, target, accepted, cu_seqlens = map(_dense, (source, target, accepted, cu_seqlens))
+    source, target, accepted, cu_seqlens = map(contiguous, (source, target, accepted, cu_seqlens))
     grid = (sequences * H * cdiv(P, config.block_p),)
     if grid[0] and tokens:
         state_update_kernel[grid](
@@ -262,10 +262,6 @@ def update(
             BLOCK_P=config.block_p, BLOCK_N=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip
     return y
-
-
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _width(slots: torch.Tensor | None) -> int:

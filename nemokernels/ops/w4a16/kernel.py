@@ -18,7 +18,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import e4m3_value, offset64, squared_relu
-from nemokernels._triton import cdiv
+from nemokernels._triton import as_rows, cdiv
 from nemokernels.ops.moe_experts.kernel import slot_sum, tile_rows, tile_table
 from nemokernels.ops.w4a16 import native
 
@@ -176,7 +176,7 @@ def linear(x, codes, scales, scale_2, rows, config):
     """As ref.linear."""
     out = x.new_empty((*x.shape[:-1], rows))
     if out.numel():
-        flat = _rows(x)
+        flat = as_rows(x)
         _product(flat, (codes, scales, scale_2), out.view(-1, rows), "plain", config)
     return out
 
@@ -185,7 +185,7 @@ def linear_backward(dy, codes, scales, scale_2, columns, config):
     """As ref.linear_backward."""
     dx = dy.new_empty((*dy.shape[:-1], columns))
     if dx.numel():
-        flat, tile = _rows(dy), config.tile
+        flat, tile = as_rows(dy), config.tile
         rows, depth = flat.shape[0], 64
         w4a16_backward_kernel[(cdiv(rows, tile.rows) * cdiv(columns, depth),)](
             flat, codes.contiguous(), scales.contiguous(), scale_2, dx, rows, flat.shape[1],
@@ -198,7 +198,7 @@ def linear_backward(dy, codes, scales, scale_2, columns, config):
 def experts(x, *args, config):
     """As ref.experts."""
     up, down, (width, weights, offsets, order) = args[:3], args[3:6], args[6:]
-    x, weights = _rows(x), weights.contiguous()
+    x, weights = as_rows(x), weights.contiguous()
     table = _Table(offsets, order, weights.shape[1], config)
     hidden = x.new_empty(order.shape[0], width)
     out = x.new_empty(order.shape[0], x.shape[1])
@@ -236,12 +236,6 @@ def _product(x, weight, out, part, config, table=None):
         BLOCK_K=tile.depth if whole else 64, num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """t as a matrix of rows with neighbouring elements."""
-    t = t.reshape(t.shape[:-1].numel(), t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
