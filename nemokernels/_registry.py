@@ -15,6 +15,7 @@ Rules that hold for every operator:
 from __future__ import annotations
 
 import functools
+import pkgutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ def register(
     reference: Callable,
     fake: Callable,
     example: Callable[[torch.device, torch.dtype], tuple] | None = None,
+    plan: Callable | None = None,
+    kernel: str = "",
     cuda: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
@@ -82,13 +85,20 @@ def register(
             kernel exists. It may return views or the same tensor twice; the leg copies them apart.
         fake: shapes and dtypes of the outputs (contiguous), for Meta and FakeTensor.
         example: makes small valid arguments; used by the self-test and by the generic tests.
-        cuda: CUDA leg. None: the reference, with one warning per shape.
+        plan, kernel: the CUDA leg of most operators. ``plan(*args)`` returns a configuration;
+            unless its ``backend`` is "reference", ``kernel(*args, configuration)`` runs, the
+            function with this name under ``nemokernels.ops`` ("relu2.kernel:forward"). It is
+            imported on the first call. The first argument is a tensor on the device to use.
+        cuda: the CUDA leg of the others. With neither, the reference runs, with one warning per
+            shape.
         setup_context, backward: as ``torch.library.register_autograd`` takes them. A functional
             operator without ``backward`` raises when it is differentiated.
     """
     name = schema.split("(", 1)[0].strip()
     LIBRARY.define(schema)
     LIBRARY.impl(name, _without_grad(reference), "CPU")
+    if plan is not None:
+        cuda = _planned(name, reference, plan, kernel)
     LIBRARY.impl(name, cuda or reference_on_cuda(name, reference), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -141,6 +151,20 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _has_data(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() > 0
+
+
+def _planned(name: str, reference: Callable, plan: Callable, kernel: str) -> Callable:
+    instead = reference_on_cuda(name, reference)
+
+    def leg(*args):
+        config = plan(*args)
+        if config.backend == "reference":
+            return instead(*args)
+        launch = pkgutil.resolve_name(f"nemokernels.ops.{kernel}")
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, config)
+
+    return leg
 
 
 def reference_on_cuda(name: str, reference: Callable) -> Callable:

@@ -166,22 +166,15 @@ def _backward_cuda(dout, q, k, v, out, lse, cu_seqlens, slopes, scale, window, g
         return vendor.backward(config.backend, *args)
 
 
-def _with_cache_cuda(q, k, v, k_cache, v_cache, lengths, slots, *rule):
+def _plan_with_cache(q, k, v, k_cache, *rest) -> Config:
     eight = k_cache.dtype == torch.float8_e4m3fn
     barred = _triton.unsupported(q, None if eight else k_cache)
     if eight and not barred:
         barred = fp8.reason(q.device) or ""
-    config = plan(
+    return plan(
         q.shape[2], k.shape[2], q.shape[3], k_cache.shape[1], q.dtype, barred,
         _backends.usable(CACHE_FAMILY.name, q.device),
     )  # fmt: skip
-    args = (q, k, v, k_cache, v_cache, lengths, slots, *rule)
-    if config.backend == "reference":
-        return reference_on_cuda("attention_with_cache", ref.with_cache)(*args)
-    from nemokernels.ops.attention import kernel
-
-    with torch.cuda.device_of(q):
-        return kernel.with_cache(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -254,5 +247,6 @@ attention_with_cache = register(
     reference=ref.with_cache,
     fake=lambda q, *rest: q.new_empty(q.shape),
     example=_example_cache,
-    cuda=_with_cache_cuda,
+    plan=_plan_with_cache,
+    kernel="attention.kernel:with_cache",
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.cross_entropy import ref
 
 FAMILY = family("cross_entropy", {"triton": _triton.reason})
@@ -84,26 +84,6 @@ def _plan(hidden, weight) -> Config:
     )  # fmt: skip
 
 
-def _forward_cuda(*args):
-    config = _plan(*args[:2])
-    if config.backend == "reference":
-        return reference_on_cuda("linear_log_sum_exp", ref.forward)(*args)
-    from nemokernels.ops.cross_entropy import kernel
-
-    with torch.cuda.device_of(args[0]):
-        return kernel.forward(*args, config)
-
-
-def _backward_cuda(*args):
-    config = _plan(*args[3:5])
-    if config.backend == "reference":
-        return reference_on_cuda("linear_log_sum_exp_backward", ref.backward)(*args)
-    from nemokernels.ops.cross_entropy import kernel
-
-    with torch.cuda.device_of(args[3]):
-        return kernel.backward(*args, config)
-
-
 def _example(device: torch.device, dtype: torch.dtype):
     """Classes 2 to 35 of 40."""
     hidden = torch.randn(7, 24, device=device, dtype=dtype)
@@ -130,7 +110,8 @@ linear_log_sum_exp_backward = register(
         weight.new_empty(weight.shape),
     ),
     example=_example_backward,
-    cuda=_backward_cuda,
+    plan=lambda dlse, dchosen, dtotal, hidden, weight, *rest: _plan(hidden, weight),
+    kernel="cross_entropy.kernel:backward",
 )
 
 
@@ -157,7 +138,8 @@ linear_log_sum_exp = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    cuda=_forward_cuda,
+    plan=lambda hidden, weight, *rest: _plan(hidden, weight),
+    kernel="cross_entropy.kernel:forward",
     setup_context=_setup,
     backward=_backward,
 )

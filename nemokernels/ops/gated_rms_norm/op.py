@@ -7,7 +7,7 @@ import math
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels._triton import RowConfig
 from nemokernels.ops.gated_rms_norm import ref
 
@@ -54,28 +54,6 @@ def _plan(x, group_size, *others, backward=False) -> RowConfig:
     )  # fmt: skip
 
 
-def _forward_cuda(x, weight, bias, z, eps, group_size, norm_before_gate):
-    config = _plan(x, group_size, weight, bias, z)
-    args = (x, weight, bias, z, eps, group_size, norm_before_gate)
-    if config.backend == "reference":
-        return reference_on_cuda("gated_rms_norm", ref.forward)(*args)
-    from nemokernels.ops.gated_rms_norm import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.forward(*args, config)
-
-
-def _backward_cuda(dy, x, weight, bias, z, rstd, group_size, norm_before_gate):
-    config = _plan(x, group_size, dy, weight, bias, z, rstd, backward=True)
-    args = (dy, x, weight, bias, z, rstd, group_size, norm_before_gate)
-    if config.backend == "reference":
-        return reference_on_cuda("gated_rms_norm_backward", ref.backward)(*args)
-    from nemokernels.ops.gated_rms_norm import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.backward(*args, config)
-
-
 def _example(device: torch.device, dtype: torch.dtype):
     x = torch.randn(3, 5, 48, device=device, dtype=dtype)
     z = torch.randn(3, 5, 96, device=device, dtype=dtype)[..., 48:]
@@ -111,7 +89,10 @@ gated_rms_norm_backward = register(
     reference=ref.backward,
     fake=_fake_backward,
     example=_example_backward,
-    cuda=_backward_cuda,
+    plan=lambda dy, x, weight, bias, z, rstd, group_size, norm_before_gate: _plan(
+        x, group_size, dy, weight, bias, z, rstd, backward=True
+    ),
+    kernel="gated_rms_norm.kernel:backward",
 )
 
 
@@ -135,7 +116,10 @@ gated_rms_norm = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    cuda=_forward_cuda,
+    plan=lambda x, weight, bias, z, eps, group_size, norm_before_gate: _plan(
+        x, group_size, weight, bias, z
+    ),
+    kernel="gated_rms_norm.kernel:forward",
     setup_context=_setup,
     backward=_backward,
 )

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import family, reference_on_cuda, register
+from nemokernels._registry import family, register
 from nemokernels.ops.mamba_step import ref
 from nemokernels.ops.state_update import op as state_update
 
@@ -18,19 +18,12 @@ FAMILY = family("mamba_step", {"triton": _triton.reason})
 plan = functools.partial(state_update.plan, op=FAMILY.name)
 
 
-def _cuda(xBC, dt, z, conv_state, ssm_state, *rest):
-    args = (xBC, dt, z, conv_state, ssm_state, *rest)
-    config = plan(
+def _plan(xBC, dt, z, conv_state, ssm_state, *rest):
+    return plan(
         xBC.shape[0], *ssm_state.shape[2:], ssm_state.dtype,
         _triton.unsupported(xBC, dt, z, ssm_state, *rest[:5]),
         _backends.usable(FAMILY.name, xBC.device), _triton.processors(xBC.device),
     )  # fmt: skip
-    if config.backend == "reference":
-        return reference_on_cuda("mamba_step", ref.forward)(*args)
-    from nemokernels.ops.mamba_step import kernel
-
-    with torch.cuda.device_of(xBC):
-        return kernel.step(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -59,5 +52,6 @@ mamba_step = register(
         *xBC.shape[:2], *ssm_state.shape[2:4]
     ),
     example=_example,
-    cuda=_cuda,
+    plan=_plan,
+    kernel="mamba_step.kernel:step",
 )

@@ -99,9 +99,12 @@ def moe_experts_fp8_kernel(
     tl.store(out_ptr + at, out, mask=mask)
 
 
-def forward(x, x_scale, up, up_scale, hidden_scale, down, down_scale, *route, dtype, config):
+def forward(
+    x, x_scale, up, up_scale, hidden_scale, down, down_scale, weights, offsets, order, dtype,
+    config,
+):  # fmt: skip
     """As ref.forward_fp8."""
-    weights, offsets, order = (t.contiguous() for t in route)
+    weights, offsets, order = weights.contiguous(), offsets.contiguous(), order.contiguous()
     slots, tile = order.shape[0], config.rows
     table = tile_table(offsets, slots, tile.rows)
     hidden = x.new_empty(slots, up.shape[1])

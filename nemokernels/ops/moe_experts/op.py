@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemokernels import _backends, _triton, _tuned
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts import ref
 
 FAMILY = family("moe_experts", {"triton": _triton.reason})
@@ -132,44 +132,16 @@ def candidates(config: Config, backward: bool) -> Iterator[Config]:
                     yield replace(config, **{name: replace(tile, **{measure: value})})
 
 
-def _forward_cuda(x, up, down, weights, offsets, order):
-    config = _plan(x, weights, offsets, order)
-    args = (x, up, down, weights, offsets, order)
-    if config.backend == "reference":
-        return reference_on_cuda("moe_experts", ref.forward)(*args)
-    from nemokernels.ops.moe_experts import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.forward(*args, config)
-
-
-def _backward_cuda(dy, x, up, down, weights, offsets, order, hidden):
-    config = _plan(x, weights, offsets, order, backward=True)
-    args = (dy, x, up, down, weights, offsets, order, hidden)
-    if config.backend == "reference":
-        return reference_on_cuda("moe_experts_backward", ref.backward)(*args)
-    from nemokernels.ops.moe_experts import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.backward(*args, config)
-
-
-def _fp8_cuda(x, x_scale, up, up_scale, hidden_scale, down, down_scale, *route_dtype):
-    *route, dtype = route_dtype
-    args = (x, x_scale, up, up_scale, hidden_scale, down, down_scale, *route)
-    unsupported = _triton.unsupported(x_scale, up_scale, hidden_scale, down_scale, route[0])
+def _plan_fp8(
+    x, x_scale, up, up_scale, hidden_scale, down, down_scale, weights, offsets, order, dtype
+):
+    unsupported = _triton.unsupported(x_scale, up_scale, hidden_scale, down_scale, weights)
     if dtype not in _triton.DTYPES:
         unsupported = f"the Triton kernels do not return {dtype}"
-    config = plan_fp8(
-        route[2].shape[0], up.shape[0], unsupported, _backends.usable(FAMILY.name, x.device),
+    return plan_fp8(
+        order.shape[0], up.shape[0], unsupported, _backends.usable(FAMILY.name, x.device),
         torch.cuda.get_device_capability(x.device),
     )  # fmt: skip
-    if config.backend == "reference":
-        return reference_on_cuda("moe_experts_fp8", ref.forward_fp8)(*args, dtype)
-    from nemokernels.ops.moe_experts import kernel_fp8
-
-    with torch.cuda.device_of(x):
-        return kernel_fp8.forward(*args, dtype=dtype, config=config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -213,7 +185,10 @@ moe_experts_backward = register(
     reference=ref.backward,
     fake=_fake_backward,
     example=_example_backward,
-    cuda=_backward_cuda,
+    plan=lambda dy, x, up, down, weights, offsets, order, hidden: _plan(
+        x, weights, offsets, order, backward=True
+    ),
+    kernel="moe_experts.kernel:backward",
 )
 
 
@@ -233,7 +208,8 @@ moe_experts = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    cuda=_forward_cuda,
+    plan=lambda x, up, down, *routing: _plan(x, *routing),
+    kernel="moe_experts.kernel:forward",
     setup_context=_setup,
     backward=_backward,
 )
@@ -246,5 +222,6 @@ moe_experts_fp8 = register(
     reference=ref.forward_fp8,
     fake=lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
     example=_example_fp8,
-    cuda=_fp8_cuda,
+    plan=_plan_fp8,
+    kernel="moe_experts.kernel_fp8:forward",
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_route import ref
 
 FAMILY = family("moe_route", {"triton": _triton.reason})
@@ -65,28 +65,6 @@ def _plan(logits, top_k, n_group, *others) -> Config:
     )  # fmt: skip
 
 
-def _forward_cuda(logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale):
-    config = _plan(logits, top_k, n_group, correction_bias)
-    args = (logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale)
-    if config.backend == "reference":
-        return reference_on_cuda("moe_route", ref.forward)(*args)
-    from nemokernels.ops.moe_route import kernel
-
-    with torch.cuda.device_of(logits):
-        return kernel.forward(*args, config)
-
-
-def _backward_cuda(dweights, logits, experts, norm_topk_prob, scale):
-    config = _plan(logits, experts.shape[1], 1, dweights)
-    args = (dweights, logits, experts, norm_topk_prob, scale)
-    if config.backend == "reference":
-        return reference_on_cuda("moe_route_backward", ref.backward)(*args)
-    from nemokernels.ops.moe_route import kernel
-
-    with torch.cuda.device_of(logits):
-        return kernel.backward(*args, config)
-
-
 def _example(device: torch.device, dtype: torch.dtype):
     logits = torch.randn(7, 12, device=device, dtype=dtype)
     bias = 0.1 * torch.randn(12, device=device, dtype=acc_dtype(dtype))
@@ -118,7 +96,8 @@ moe_route_backward = register(
     reference=ref.backward,
     fake=lambda dweights, logits, experts, norm, scale: logits.new_empty(logits.shape),
     example=_example_backward,
-    cuda=_backward_cuda,
+    plan=lambda dweights, logits, experts, *rest: _plan(logits, experts.shape[1], 1, dweights),
+    kernel="moe_route.kernel:backward",
 )
 
 
@@ -141,7 +120,8 @@ moe_route = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    cuda=_forward_cuda,
+    plan=lambda logits, bias, top_k, n_group, *rest: _plan(logits, top_k, n_group, bias),
+    kernel="moe_route.kernel:forward",
     setup_context=_setup,
     backward=_backward,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.mtp_verify import ref
 
 FAMILY = family("mtp_verify", {"triton": _triton.reason})
@@ -44,18 +44,11 @@ def plan(vocab: int, unsupported: str, backends: tuple[str, ...]) -> Config:
     return Config("triton", block, warps[0], block_cut, warps[1], block_draw, warps[2])
 
 
-def _verify_cuda(logits, drafts, draft_lengths, draft_probs, *rest):
-    config = plan(
+def _plan(logits, drafts, draft_lengths, draft_probs, *rest) -> Config:
+    return plan(
         logits.shape[2], _triton.unsupported(logits, draft_probs),
         _backends.usable(FAMILY.name, logits.device),
     )  # fmt: skip
-    args = (logits, drafts, draft_lengths, draft_probs, *rest)
-    if config.backend == "reference":
-        return reference_on_cuda("mtp_verify", ref.forward)(*args)
-    from nemokernels.ops.mtp_verify import kernel
-
-    with torch.cuda.device_of(logits):
-        return kernel.verify(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -93,5 +86,6 @@ mtp_verify = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    cuda=_verify_cuda,
+    plan=_plan,
+    kernel="mtp_verify.kernel:verify",
 )

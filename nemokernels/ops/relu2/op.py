@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import family, reference_on_cuda, register
+from nemokernels._registry import family, register
 from nemokernels.ops.relu2 import ref
 
 FAMILY = family("relu2", {"triton": _triton.reason})
@@ -40,26 +40,6 @@ def _plan(*tensors: torch.Tensor) -> Config:
     return plan(tensors[0].numel(), _triton.unsupported(*tensors), backends)
 
 
-def _forward_cuda(x):
-    config = _plan(x)
-    if config.backend == "reference":
-        return reference_on_cuda("relu2", ref.forward)(x)
-    from nemokernels.ops.relu2 import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.forward(x, config)
-
-
-def _backward_cuda(dy, x):
-    config = _plan(x, dy)
-    if config.backend == "reference":
-        return reference_on_cuda("relu2_backward", ref.backward)(dy, x)
-    from nemokernels.ops.relu2 import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.backward(dy, x, config)
-
-
 def _example(device: torch.device, dtype: torch.dtype):
     return (torch.randn(3, 5, 17, device=device, dtype=dtype),)
 
@@ -75,7 +55,8 @@ relu2_backward = register(
     reference=ref.backward,
     fake=lambda dy, x: x.new_empty(x.shape),
     example=_example_backward,
-    cuda=_backward_cuda,
+    plan=lambda dy, x: _plan(x, dy),
+    kernel="relu2.kernel:backward",
 )
 
 
@@ -93,7 +74,8 @@ relu2 = register(
     reference=ref.forward,
     fake=lambda x: x.new_empty(x.shape),
     example=_example,
-    cuda=_forward_cuda,
+    plan=_plan,
+    kernel="relu2.kernel:forward",
     setup_context=_setup,
     backward=_backward,
 )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from nemokernels import _backends, _triton, _tuned
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels._triton import RowConfig
 from nemokernels.ops.rms_norm import ref
 
@@ -64,47 +64,6 @@ def candidates(config: RowConfig, backward: bool) -> Iterator[RowConfig]:
         yield replace(config, num_stages=num_stages)
 
 
-def _forward_cuda(x, weight, eps):
-    config = _plan(x, weight)
-    if config.backend == "reference":
-        return reference_on_cuda("rms_norm", ref.forward)(x, weight, eps)
-    from nemokernels.ops.rms_norm import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.forward(x, weight, eps, config)
-
-
-def _backward_cuda(dy, x, weight, rstd):
-    config = _plan(x, dy, weight, rstd, backward=True)
-    if config.backend == "reference":
-        return reference_on_cuda("rms_norm_backward", ref.backward)(dy, x, weight, rstd)
-    from nemokernels.ops.rms_norm import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.backward(dy, x, weight, rstd, config)
-
-
-def _add_cuda(x, residual, weight, eps):
-    config = _plan(x, residual, weight)
-    if config.backend == "reference":
-        return reference_on_cuda("add_rms_norm", ref.add_forward)(x, residual, weight, eps)
-    from nemokernels.ops.rms_norm import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.add_forward(x, residual, weight, eps, config)
-
-
-def _add_backward_cuda(dy, dtotal, total, weight, rstd, x_dtype):
-    config = _plan(total, dy, dtotal, weight, rstd, backward=True)
-    args = (dy, dtotal, total, weight, rstd, x_dtype)
-    if config.backend == "reference":
-        return reference_on_cuda("add_rms_norm_backward", ref.add_backward)(*args)
-    from nemokernels.ops.rms_norm import kernel
-
-    with torch.cuda.device_of(total):
-        return kernel.add_backward(*args, config)
-
-
 def _example(device: torch.device, dtype: torch.dtype):
     x = torch.randn(3, 5, 48, device=device, dtype=dtype)
     return x, torch.randn(48, device=device, dtype=dtype), 1e-5
@@ -136,7 +95,8 @@ rms_norm_backward = register(
     reference=ref.backward,
     fake=lambda dy, x, weight, rstd: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     example=_example_backward,
-    cuda=_backward_cuda,
+    plan=lambda dy, x, weight, rstd: _plan(x, dy, weight, rstd, backward=True),
+    kernel="rms_norm.kernel:backward",
 )
 
 
@@ -157,7 +117,8 @@ rms_norm = register(
     reference=ref.forward,
     fake=lambda x, weight, eps: (x.new_empty(x.shape), _rstd_like(x)),
     example=_example,
-    cuda=_forward_cuda,
+    plan=lambda x, weight, eps: _plan(x, weight),
+    kernel="rms_norm.kernel:forward",
     setup_context=_setup,
     backward=_backward,
 )
@@ -173,7 +134,10 @@ add_rms_norm_backward = register(
         weight.new_empty(weight.shape),
     ),
     example=_example_add_backward,
-    cuda=_add_backward_cuda,
+    plan=lambda dy, dtotal, total, weight, rstd, x_dtype: _plan(
+        total, dy, dtotal, weight, rstd, backward=True
+    ),
+    kernel="rms_norm.kernel:add_backward",
 )
 
 
@@ -200,7 +164,8 @@ add_rms_norm = register(
         _rstd_like(residual),
     ),
     example=_example_add,
-    cuda=_add_cuda,
+    plan=lambda x, residual, weight, eps: _plan(x, residual, weight),
+    kernel="rms_norm.kernel:add_forward",
     setup_context=_setup_add,
     backward=_backward_add,
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemokernels import _backends, _triton, _tuned
-from nemokernels._registry import family, reference_on_cuda, register
+from nemokernels._registry import family, register
 from nemokernels.ops.state_update import ref
 
 FAMILY = family("state_update", {"triton": _triton.reason})
@@ -60,10 +60,12 @@ def plan(
     return Config("triton", block_p, block_n, num_warps)
 
 
-def _plan(sequences: int, state: torch.Tensor, x: torch.Tensor, *others) -> Config:
+def _plan(state, x, *rest) -> Config:
+    floats, cu_seqlens = rest[:7], rest[11]
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     problem = (sequences, *state.shape[1:], state.dtype)
     config = plan(
-        *problem, _triton.unsupported(state, x, *others), _backends.usable(FAMILY.name, x.device),
+        *problem, _triton.unsupported(state, x, *floats), _backends.usable(FAMILY.name, x.device),
         _triton.processors(x.device),
     )  # fmt: skip
     return _tuned.tuned(FAMILY.name, x.device, problem, config)
@@ -73,24 +75,6 @@ def candidates(config: Config, backward: bool) -> Iterator[Config]:
     """What may be faster than ``config`` on some card: other rows of P and warps per program."""
     for block_p, num_warps in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8)):
         yield replace(config, block_p=block_p, num_warps=num_warps)
-
-
-def _update_cuda(
-    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, source, target, accepted, cu_seqlens, seed,
-    rounds,
-):  # fmt: skip
-    args = (
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, source, target, accepted, cu_seqlens,
-        seed, rounds,
-    )  # fmt: skip
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    config = _plan(sequences, state, x, dt, A, B, C, D, z, dt_bias)
-    if config.backend == "reference":
-        return reference_on_cuda("selective_state_update", ref.forward)(*args)
-    from nemokernels.ops.state_update import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.update(*args, config)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -118,5 +102,6 @@ selective_state_update = register(
     reference=ref.forward,
     fake=lambda state, x, *rest: x.new_empty(x.shape),
     example=_example,
-    cuda=_update_cuda,
+    plan=_plan,
+    kernel="state_update.kernel:update",
 )

@@ -195,9 +195,13 @@ def linear_backward(dy, codes, scales, scale_2, columns, config):
     return dx
 
 
-def experts(x, *args, config):
+def experts(
+    x, up_codes, up_scales, up_global_scale, down_codes, down_scales, down_global_scale, width,
+    weights, offsets, order, config,
+):  # fmt: skip
     """As ref.experts."""
-    up, down, (width, weights, offsets, order) = args[:3], args[3:6], args[6:]
+    up = up_codes, up_scales, up_global_scale
+    down = down_codes, down_scales, down_global_scale
     x, weights = as_rows(x), weights.contiguous()
     table = _Table(offsets, order, weights.shape[1], config)
     hidden = x.new_empty(order.shape[0], width)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nemokernels import _backends, _ext, _triton
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts.op import MOST_EXPERTS, Tile
 from nemokernels.ops.nvfp4.ref import quantize_weight
 from nemokernels.ops.w4a16 import ref
@@ -69,35 +69,9 @@ def _plan(x: torch.Tensor, rows: int, experts: int, *others: torch.Tensor, **kwa
     return plan(rows, experts, x.dtype, unsupported, backends, **kwargs)
 
 
-def _linear_cuda(x, *weight):
-    config = _plan(x, x.shape[:-1].numel(), 1, weight[2])
-    if config.backend == "reference":
-        return reference_on_cuda("nvfp4_linear", ref.linear)(x, *weight)
-    from nemokernels.ops.w4a16 import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.linear(x, *weight, config)
-
-
-def _linear_backward_cuda(dy, *weight):
-    config = _plan(dy, dy.shape[:-1].numel(), 1, weight[2], forward=False)
-    if config.backend == "reference":
-        return reference_on_cuda("nvfp4_linear_backward", ref.linear_backward)(dy, *weight)
-    from nemokernels.ops.w4a16 import kernel
-
-    with torch.cuda.device_of(dy):
-        return kernel.linear_backward(dy, *weight, config)
-
-
-def _experts_cuda(x, *args):
-    weights, offsets, order = args[-3:]
-    config = _plan(x, order.shape[0], offsets.shape[0], args[2], args[5], weights)
-    if config.backend == "reference":
-        return reference_on_cuda("nvfp4_experts", ref.experts)(x, *args)
-    from nemokernels.ops.w4a16 import kernel
-
-    with torch.cuda.device_of(x):
-        return kernel.experts(x, *args, config=config)
+def _plan_experts(x, *args) -> Config:
+    _, _, up_scale, _, _, down_scale, _, weights, offsets, order = args
+    return _plan(x, order.shape[0], offsets.shape[0], up_scale, down_scale, weights)
 
 
 def _example_weight(device: torch.device, rows: int, columns: int):
@@ -133,7 +107,10 @@ linear_backward = register(
     reference=ref.linear_backward,
     fake=lambda dy, codes, scales, global_scale, columns: dy.new_empty((*dy.shape[:-1], columns)),
     example=_example_linear_backward,
-    cuda=_linear_backward_cuda,
+    plan=lambda dy, codes, scales, global_scale, columns: _plan(
+        dy, dy.shape[:-1].numel(), 1, global_scale, forward=False
+    ),
+    kernel="w4a16.kernel:linear_backward",
 )
 
 
@@ -154,7 +131,10 @@ linear = register(
     reference=ref.linear,
     fake=lambda x, codes, scales, global_scale, rows: x.new_empty((*x.shape[:-1], rows)),
     example=_example_linear,
-    cuda=_linear_cuda,
+    plan=lambda x, codes, scales, global_scale, rows: _plan(
+        x, x.shape[:-1].numel(), 1, global_scale
+    ),
+    kernel="w4a16.kernel:linear",
     setup_context=_setup,
     backward=_backward,
 )
@@ -167,5 +147,6 @@ experts = register(
     reference=ref.experts,
     fake=lambda x, *_: x.new_empty(x.shape),
     example=_example_experts,
-    cuda=_experts_cuda,
+    plan=_plan_experts,
+    kernel="w4a16.kernel:experts",
 )
