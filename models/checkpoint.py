@@ -128,6 +128,7 @@ def open_checkpoint(folder: str | os.PathLike, reward_head: str | None = None) -
     data = read_json(folder, CONFIG)
     problems = Problems(folder)
     with Shards(folder, problems) as shards:
+        problems.raise_if_any()  # of a file that cannot be read, nothing else is worth saying
         config = _config(folder, data, shards.tensors, reward_head)
         plan = _plan(config, _scheme(folder, data, names.layout(config)), shards.tensors, problems)
         scalars = _scalars(plan, shards, problems) if plan.quantization else {}

@@ -241,11 +241,11 @@ class NemotronVLConfig:
         if side * side != grid[-2]:
             raise ConfigError(f"{PREFIX}pos_embed: {grid[-2]} positions are not a square grid")
         stored = {"num_prefix_tokens": tokens[-2], "grid_size": side}
-        for name, value in stored.items():
+        for (name, value), leaf in zip(stored.items(), ("cls_token.token", "pos_embed")):
             if getattr(self.vision_config, name) not in (None, value):
                 raise ConfigError(
-                    f"`vision_config.{name}` is "
-                    f"{getattr(self.vision_config, name)}, the tensors have {value}"
+                    f"`vision_config.{name}` is {getattr(self.vision_config, name)}, but "
+                    f"{PREFIX}{leaf} has the shape of {value}"
                 )
         vision = dataclasses.replace(self.vision_config, **stored)
         constants = {}
