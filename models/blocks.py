@@ -73,14 +73,15 @@ def _configs(config, name: str, letters: str) -> Iterable:
 
 
 def _replaced(config, where: str, entry: Mapping[str, object], letter: str):
-    known = {spec.name for spec in dataclasses.fields(config)} - {"extra", BLOCKS, MTP_BLOCKS}
+    own = {spec.name for spec in dataclasses.fields(config)} - {"extra", BLOCKS, MTP_BLOCKS}
+    common = {**config.extra, **{name: getattr(config, name) for name in own}}
     new = {}
     for name, value in entry.items():
         if name in PER_LAYER:
             new[name] = value if value is not None else getattr(config, name)
         elif name == "block_type" or value is None or value is False:
             pass  # its letter is in the pattern; an option that is off
-        elif name not in known or value != getattr(config, name):
+        elif name not in common or value != common[name]:
             raise ConfigError(
                 f"`{where}.{name}` is {show(value)}; a layer may only have its own "
                 f"{', '.join(PER_LAYER)}"

@@ -38,7 +38,11 @@ _LETTERS = {"mamba": "M", "attention": "*", **{word: letter for letter, word in 
 _TYPES, _MTP_TYPES = f"{BLOCKS}.block_type", f"{MTP_BLOCKS}.block_type"
 _PATTERN_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types", _TYPES)
 _MTP_KEYS = ("mtp_hybrid_override_pattern", "mtp_layers_block_type", _MTP_TYPES)
-_ALIASES = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon"}
+_ALIASES = {
+    "attention_head_dim": "head_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "norm_eps": "layer_norm_epsilon",
+}
 
 # Sizes a layer of each kind cannot do without.
 _NEEDED = {

@@ -181,3 +181,7 @@ def test_bad_blocks(change, message):
 
 def test_blocks_may_repeat_what_all_layers_have():
     assert parse_config(fields(changed(mamba_num_heads=6))).layers[0].mamba_num_heads == 6
+    repeated = changed(n_shared_experts=1)
+    assert parse_config(fields(repeated, n_shared_experts=1)).layers[0].pattern == "M"
+    with pytest.raises(ConfigError, match=r"\[0\].n_shared_experts` is 1; a layer may only have"):
+        parse_config(fields(repeated))

@@ -50,9 +50,12 @@ def test_mtp_block_defaults_to_attention_and_experts():
     assert read(num_nextn_predict_layers=1).mtp_pattern == "*E"
 
 
-def test_old_spelling_of_the_head_size():
+def test_old_spellings():
     assert read(head_dim=..., attention_head_dim=12).head_dim == 12
-    assert read(layer_norm_epsilon=..., rms_norm_eps=3e-6).layer_norm_epsilon == 3e-6
+    for name in ("rms_norm_eps", "norm_eps"):
+        assert read(layer_norm_epsilon=..., **{name: 3e-6}).layer_norm_epsilon == 3e-6
+    with pytest.raises(ConfigError, match="`norm_eps` is 0.5 but `layer_norm_epsilon` is"):
+        read(norm_eps=0.5, layer_norm_epsilon=1e-5)
     with pytest.raises(ConfigError, match="`attention_head_dim` is 16 but `head_dim` is 12"):
         read(attention_head_dim=16)
 
