@@ -39,6 +39,8 @@ class Variant:
         name: as its makers write it.
         family: the series it belongs to.
         hub_id: its Hugging Face repository, or None.
+        other_hub_ids: repositories of models with the same tensors: another stage of training, a
+            longer context, or quantised.
         published: the number of parameters its makers state, as they round it, or None.
         active: how many of them a token uses, as stated, or None where all do.
         parameters, tensors: exact counts of what its checkpoint stores, or None where not known.
@@ -65,6 +67,7 @@ class Variant:
     part: str | None = None
     precisions: Mapping[str, Precision] = field(default_factory=dict, hash=False)
     unknown: tuple[str, ...] = ()
+    other_hub_ids: tuple[str, ...] = ()
 
     @property
     def missing(self) -> str | None:
@@ -72,14 +75,13 @@ class Variant:
         return f"needs {', '.join(self.arguments)}" if self.arguments else self.reason
 
     def answers_to(self, name: str) -> bool:
-        """Whether ``name`` is its name, its hub id, or the part of that after the slash.
+        """Whether ``name`` is its name, one of its hub ids, or the part of one after the slash.
 
         Capitals do not count, and a space may be a hyphen.
         """
-        hub_id = self.hub_id or ""
-        return _plain(name) in {
-            _plain(n) for n in (self.name, hub_id, hub_id.rpartition("/")[2]) if n
-        }
+        ids = [hub_id for hub_id in (self.hub_id, *self.other_hub_ids) if hub_id]
+        known = (self.name, *ids, *(hub_id.rpartition("/")[2] for hub_id in ids))
+        return _plain(name) in map(_plain, known)
 
 
 @functools.cache
@@ -89,7 +91,8 @@ def _table() -> tuple[Variant, ...]:
 
 
 def _variant(entry: dict[str, object]) -> Variant:
-    lists = {name: tuple(entry.get(name, ())) for name in ("arguments", "unknown")}
+    listed = ("arguments", "unknown", "other_hub_ids")
+    lists = {name: tuple(entry.get(name, ())) for name in listed}
     known = entry.get("config", {})
     config = parse_config(known) if known and not lists["arguments"] else None
     precisions = {

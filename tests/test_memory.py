@@ -164,6 +164,8 @@ def test_command_describes_one(capsys, monkeypatch):
     assert "MEMEM*EMEMEM*" in out
     _, out, _ = run(capsys, "Llama-3_3-Nemotron-Super-49B-v1")
     assert "80 entries" in out
+    _, out, _ = run(capsys, "nvidia/Nemotron-Mini-4B-Instruct")
+    assert "nvidia/Minitron-4B-Base" in out and "also" in out
     _, out, _ = run(capsys, "MT-NLG 530B")
     assert "to be given │ hidden_act, layer_norm_epsilon" in out and "20480" in out
 
@@ -216,7 +218,8 @@ def test_command_takes_what_is_not_public(capsys):
     "args",
     [["no such model"], ["Nemotron-H-8B", "--memory", "--precision", "int4"],
      ["Nemotron-H-8B", "--memory", "--context", 0], ["Nemotron-H-8B", "--memory", "--reserve", 1],
-     ["Nemotron-H-8B", "--memory", "--gpu-gb", 0]],
+     ["Nemotron-H-8B", "--memory", "--gpu-gb", 0], ["--memory"],
+     ["MT-NLG 530B", "--given", "hidden_act=gelu"]],
 )  # fmt: skip
 def test_command_mistakes(capsys, args):
     code, _, err = run(capsys, *args)

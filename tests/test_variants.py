@@ -141,6 +141,15 @@ def test_names(name):
     assert find_variant(name).parameters == 123_611_033_088
 
 
+def test_every_name_and_hub_id_means_one_model():
+    for variant in VARIANTS:
+        ids = [hub_id for hub_id in (variant.hub_id, *variant.other_hub_ids) if hub_id]
+        assert all(re.fullmatch(r"[\w-]+/[\w.-]+", hub_id) for hub_id in ids), ids
+        for name in (variant.name, *ids, *(hub_id.partition("/")[2].upper() for hub_id in ids)):
+            assert [v.name for v in VARIANTS if v.answers_to(name)] == [variant.name]
+    assert find_variant("NVIDIA-Nemotron-3-Nano-30B-A3B-FP8") is VARIANTS[0]
+
+
 def test_what_cannot_be_built_says_why():
     with pytest.raises(ValueError, match="Puzzle 75B-A9B cannot be built: the sizes of its layers"):
         build("Nemotron-Labs-3-Puzzle-75B-A9B")

@@ -48,6 +48,10 @@ def models(
         reserve: part of every GPU left for activations and workspaces.
         given: FIELD=VALUE for fields of its config.json that are not public.
     """
+    if name is None and memory:
+        raise ValueError("--memory: of which model? `nemokernels models` lists them")
+    if given and not memory:
+        raise ValueError("--given: only --memory needs what is not public")
     console = Console(highlight=False)
     if name is None:
         print_models(console)
@@ -88,6 +92,7 @@ def print_model(console: Console, variant: Variant) -> None:
     facts = {
         "family": variant.family,
         "hub id": variant.hub_id,
+        "also": "\n".join(variant.other_hub_ids),
         "parameters": count,
         "stated": variant.published,
         "active": variant.active,
