@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemokernels import relu2
+from nemokernels import Fp8Normed, relu2
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.decoder_config import DecoderConfig
-from nemokernels.models.linear import Linear, head, row_by_row
+from nemokernels.models.linear import Linear, each_row, head
 from nemokernels.models.norms import LayerNorm1P, RMSNorm, normed_sum
 from nemokernels.models.runs import Run
 
@@ -81,9 +81,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, kv_heads * config.head_dim, **kwargs)
         self.o_proj = Linear(inner, width, **kwargs)
 
-    def forward(self, x: torch.Tensor, rope: Rope, run: Run) -> torch.Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.q_proj, self.k_proj, self.v_proj)
+
+    def forward(self, x: torch.Tensor | Fp8Normed, rope: Rope, run: Run) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in self.readers)
         attended = run.attend(self.index, rotate(q, rope), rotate(k, rope), v)
         return self.o_proj(attended.flatten(-2))
 
@@ -97,11 +100,15 @@ class FFN(nn.Module):
         self.up_proj = Linear(width, inner, **kwargs)
         self.down_proj = Linear(inner, width, **kwargs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # torch rounds the tail of a vector's SiLU differently from its body: a row on its own.
-        return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Fp8Normed) -> torch.Tensor:
+        # torch rounds the tail of a vector's SiLU differently from its body: a row on its own.
+        return each_row(self._rows, x)
+
+    def _rows(self, x: torch.Tensor | Fp8Normed) -> torch.Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.up_proj(x), relu2)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -127,10 +134,12 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, run: Run):
         if self.has_attention:
-            normed, residual = normed_sum(self.input_layernorm, x, residual)
+            readers = self.self_attn.readers
+            normed, residual = normed_sum(self.input_layernorm, x, residual, readers)
             x = self.self_attn(normed, rope, run)
         if self.has_ffn:
-            normed, residual = normed_sum(self.post_attention_layernorm, x, residual)
+            readers = self.mlp.readers
+            normed, residual = normed_sum(self.post_attention_layernorm, x, residual, readers)
             x = self.mlp(normed)
         return x, residual
 

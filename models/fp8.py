@@ -13,6 +13,10 @@ of forward tensors in one update. Nothing reads a forward tensor's scale in betw
 recomputation, which needs the old one. So the scales that a step uses are Transformer Engine's, and
 a recomputed forward finds the state as the first one did, raises the same maxima to the same values
 and changes nothing.
+
+Under delayed scaling a norm that only such layers read emits its result in FP8: the scale is known
+before. The codes are those that the layer would have made of it. One pass over the activations is
+saved, for queries, keys and values three.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import nn
 
 from nemokernels import (
     Fp8Codes,
+    Fp8Normed,
     cast_fp8_weight,
     delayed_scaling_update,
     fp8_linear,
@@ -35,7 +40,7 @@ from nemokernels import (
     relu2,
 )
 from nemokernels._checks import check
-from nemokernels.models.linear import Linear, is_exact, row_by_row
+from nemokernels.models.linear import Linear, each_row, is_exact
 from nemokernels.models.mixers import Experts
 
 __all__ = [
@@ -136,21 +141,37 @@ class Fp8Linear(Linear):
         self.holding = False
         self.held: Fp8Codes | None = None
         self.held_version = 0
+        self.quantised_by = ""
+
+    def input_scale(self) -> torch.Tensor | None:
+        # A row on its own is not a row of codes.
+        return None if self.fp8_state is None or is_exact() else self.fp8_state.scale[0]
 
     def forward(
-        self, x: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        x: torch.Tensor | Fp8Normed,
+        act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """The layer of x, or of ``act(x)``; of x as its norm has emitted it, if it has."""
+        emitted = isinstance(x, Fp8Normed)
+        self.quantised_by = "norm" if emitted else "layer"
+        if emitted:
+            return self._product(x.y, x_codes=x.codes, x_amax=x.amax)
         squared_relu = act is relu2
         if act is not None and not squared_relu:
             x = act(x)
-        if not is_exact():
-            return self._product(x, squared_relu)
-        if self.fp8_state is None:
+        if is_exact() and self.fp8_state is None:
             raise RuntimeError("exact mode: current FP8 scaling makes a row depend on its batch")
-        rows = row_by_row(lambda row: self._product(row, squared_relu), x.reshape(-1, x.shape[-1]))
-        return rows.view(*x.shape[:-1], self.out_features)
+        return each_row(lambda rows: self._product(rows, squared_relu=squared_relu), x)
 
-    def _product(self, x: torch.Tensor, squared_relu: bool) -> torch.Tensor:
+    def _product(
+        self,
+        x: torch.Tensor,
+        *,
+        squared_relu: bool = False,
+        x_codes: Fp8Codes | None = None,
+        x_amax: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         slots = {}
         if (state := self.fp8_state) is not None:
             slots = {
@@ -161,9 +182,11 @@ class Fp8Linear(Linear):
                 "w_amax": state.amax_history[0, 1],
                 "dy_amax": state.grad_amax_history[0, 0],
             }
+        if x_amax is not None and torch.is_grad_enabled():
+            slots["x_amax"].clamp_(min=x_amax)
         return fp8_linear(
             x, self.weight, self.bias, **slots, grad_format=self.recipe.grad_format,
-            squared_relu=squared_relu, weight_codes=self._weight_codes(slots),
+            squared_relu=squared_relu, x_codes=x_codes, weight_codes=self._weight_codes(slots),
             main_grad=getattr(self.weight, "main_grad", None), layer=self.layer,
         )  # fmt: skip
 
@@ -296,18 +319,21 @@ class Fp8Layer:
 
     ``promised``: it was converted. ``products``: where its "forward", "dgrad" and "wgrad" have run,
     as :func:`nemokernels.fp8_products` tells. ``reason``: why it was not converted.
+    ``quantised_by``: what quantised the input of the last forward, the "norm" before the layer or
+    the "layer".
     """
 
     name: str
     promised: bool
     products: dict[str, str]
     reason: str = ""
+    quantised_by: str = ""
 
 
 def fp8_report(model: nn.Module) -> list[Fp8Layer]:
     """Every linear layer of a converted model: promised or not, and what of it has really run."""
     found = [
-        Fp8Layer(name, True, fp8_products(module.layer))
+        Fp8Layer(name, True, fp8_products(module.layer), quantised_by=module.quantised_by)
         for name, module in model.named_modules()
         if isinstance(module, Fp8Linear)
     ]

@@ -14,7 +14,7 @@ from nemokernels._checks import check
 from nemokernels.models.activations import ACTIVATIONS
 from nemokernels.models.causal_lm import CausalLM
 from nemokernels.models.gpt_config import GPTConfig
-from nemokernels.models.linear import Linear, TiedHead, row_by_row
+from nemokernels.models.linear import Linear, TiedHead, each_row
 from nemokernels.models.norms import LayerNorm, normed_sum
 from nemokernels.models.runs import Run
 from nemokernels.models.state import State
@@ -62,7 +62,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # torch rounds the tail of a vector's GELU differently from its body: a row on its own.
-        return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
+        return each_row(self._rows, x)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense_4h_to_h(self.dense_h_to_4h(x), self.act)

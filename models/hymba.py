@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemokernels import Fp8Normed
 from nemokernels.models.decoder import FFN, Decoder, Rope, rope_table, rotate
 from nemokernels.models.hymba_config import HymbaConfig
 from nemokernels.models.linear import Linear
@@ -48,7 +49,11 @@ class Mixer(nn.Module):
         if index not in config.global_attn_layers:
             self.rule |= {"window": config.sliding_window, "global_tokens": config.meta_tokens}
 
-    def forward(self, x: torch.Tensor, rope: Rope, run: Run, shared: KeysValues | None):
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.in_proj,)
+
+    def forward(self, x: torch.Tensor | Fp8Normed, rope: Rope, run: Run, shared: KeysValues | None):
         """The output (B, T, H), and the keys and values it attended to."""
         q, *own, x, gate = self.in_proj(x).split(self.sizes, -1)
         if self.owns_keys:
@@ -80,9 +85,9 @@ class Layer(nn.Module):
         self.mlp = FFN(config.hidden_size, config.intermediate_size, gated=True, **kwargs)
 
     def forward(self, x, residual, shared, rope: Rope, run: Run):
-        normed, residual = normed_sum(self.input_layernorm, x, residual)
+        normed, residual = normed_sum(self.input_layernorm, x, residual, self.mixer.readers)
         x, shared = self.mixer(normed, rope, run, shared)
-        normed, residual = normed_sum(self.pre_ffn_layernorm, x, residual)
+        normed, residual = normed_sum(self.pre_ffn_layernorm, x, residual, self.mlp.readers)
         return self.mlp(normed), residual, shared
 
 

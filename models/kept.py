@@ -20,7 +20,7 @@ from nemokernels import (
     untile_nvfp4,
 )
 from nemokernels.models import names
-from nemokernels.models.linear import Linear, row_by_row
+from nemokernels.models.linear import Linear, each_row
 from nemokernels.models.mixers import Wide
 
 FORMATS = {"FP8": "FP8", "NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4"}
@@ -63,8 +63,7 @@ class NVFP4Linear(Held):
     ) -> torch.Tensor:
         """The layer of x, or of ``act(x)``."""
         x, tiled = x if act is None else act(x), self.held("tiled")
-        y = row_by_row(lambda rows: nvfp4_linear(rows, tiled), x.reshape(-1, x.shape[-1]))
-        return y.view(*x.shape[:-1], tiled.rows)
+        return each_row(lambda rows: nvfp4_linear(rows, tiled), x)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Linear", "TiedHead", "exact", "head", "is_exact", "linear", "row_by_row"]
+from nemokernels import Fp8Normed
+
+__all__ = ["Linear", "TiedHead", "each_row", "exact", "head", "is_exact", "linear", "row_by_row"]
 
 
 class _Mode(threading.local):
@@ -49,12 +51,19 @@ def row_by_row(fn: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -
     return torch.cat([fn(row) for row in rows.split(1)])
 
 
+def each_row(
+    fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor | Fp8Normed
+) -> torch.Tensor:
+    """``fn(x)`` for x (..., D), in :func:`exact` mode one row at a time."""
+    if not _mode.exact:
+        return fn(x)
+    rows = row_by_row(fn, x.reshape(-1, x.shape[-1]))
+    return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias`` for x (..., in), weight (out, in) and bias (out,)."""
-    if not _mode.exact:
-        return F.linear(x, weight, bias)
-    rows = row_by_row(lambda row: F.linear(row, weight, bias), x.reshape(-1, x.shape[-1]))
-    return rows.view(*x.shape[:-1], weight.shape[0])
+    return each_row(lambda rows: F.linear(rows, weight, bias), x)
 
 
 class Linear(nn.Linear):
@@ -65,6 +74,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def input_scale(self) -> torch.Tensor | None:
+        """The scale under which the layer takes its input in FP8; None: it takes values alone."""
+        return None
 
     def forward(
         self, x: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor] | None = None

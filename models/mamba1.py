@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nemokernels import Fp8Normed
 from nemokernels.models.linear import Linear, linear
 from nemokernels.models.mixers import Conv1d, Wide
 from nemokernels.models.norms import RMSNorm
@@ -61,5 +62,9 @@ class Mamba1(SelectiveScan):
         self.in_proj = Linear(width, 2 * inner, bias=bias, **kwargs)
         self.out_proj = Linear(inner, width, bias=bias, **kwargs)
 
-    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.in_proj,)
+
+    def forward(self, x: torch.Tensor | Fp8Normed, run: Run) -> torch.Tensor:
         return self.out_proj(super().forward(*self.in_proj(x).chunk(2, -1), run))

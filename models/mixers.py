@@ -1,7 +1,8 @@
 """The mixers of a Nemotron-H layer: Mamba-2, attention, MLP and mixture of experts.
 
 Module names are the tensor names of the published checkpoints; only the experts differ, which are
-stacked here and stored one by one there.
+stacked here and stored one by one there. ``readers`` are the linear layers that read a mixer's
+input, if nothing else does: a norm that emits FP8 emits it for them.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nemokernels import Route, moe_experts, moe_route, rmsnorm_fn
+from nemokernels import (
+    Fp8Normed,
+    Route,
+    gated_rms_norm_fp8,
+    moe_experts,
+    moe_route,
+    rmsnorm_fn,
+)
 from nemokernels.models import streams
 from nemokernels.models.activations import ACTIVATIONS
 from nemokernels.models.balance import Balance, carrying, recomputing
 from nemokernels.models.config import NemotronHConfig
 from nemokernels.models.expert_parallel import moe_experts_over
-from nemokernels.models.linear import Linear, is_exact, linear, row_by_row
-from nemokernels.models.norms import RMSNorm
+from nemokernels.models.linear import Linear, each_row, is_exact, linear, row_by_row
+from nemokernels.models.norms import RMSNorm, emission
 from nemokernels.models.runs import Run
 
 __all__ = ["MLP", "MoE", "Attention", "Mamba2", "Router"]
@@ -66,7 +74,11 @@ class Mamba2(Wide):
         self.norm = RMSNorm(inner, config.layer_norm_epsilon, **kwargs)
         self.out_proj = Linear(inner, config.hidden_size, bias=bias, **kwargs)
 
-    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.in_proj,)
+
+    def forward(self, x: torch.Tensor | Fp8Normed, run: Run) -> torch.Tensor:
         return self.out_proj(run.mamba(self, self.in_proj(x)))
 
     def split(self, zxbcdt: torch.Tensor) -> list[torch.Tensor]:
@@ -80,12 +92,14 @@ class Mamba2(Wide):
         small = {"A": -self.A_log.exp(), "D": self.D, "dt_bias": self.dt_bias}
         return {"weight": taps, "bias": bias, **small}
 
-    def gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """The output norm of y (B, T, heads, head_dim), gated by z first."""
-        size = self.config.d_inner // self.config.n_groups
-        return rmsnorm_fn(
-            y.flatten(-2), self.norm.weight, None, z, self.norm.eps, size, norm_before_gate=False
-        )
+    def gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | Fp8Normed:
+        """The output norm of y (B, T, heads, head_dim), gated by z first, for ``out_proj``."""
+        options = {"z": z, "eps": self.norm.eps, "norm_before_gate": False}
+        options["group_size"] = self.config.d_inner // self.config.n_groups
+        emits = emission((self.out_proj,), y)
+        if emits is None:
+            return rmsnorm_fn(y.flatten(-2), self.norm.weight, **options)
+        return gated_rms_norm_fp8(y.flatten(-2), self.norm.weight, **options, **emits)
 
 
 class Attention(nn.Module):
@@ -100,9 +114,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, kv, **kwargs)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, **kwargs)
 
-    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.q_proj, self.k_proj, self.v_proj)
+
+    def forward(self, x: torch.Tensor | Fp8Normed, run: Run) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in self.readers)
         return self.o_proj(run.attend(self.index, q, k, v).flatten(-2))
 
 
@@ -113,10 +130,14 @@ class MLP(nn.Module):
         self.up_proj = Linear(width, inner, **kwargs)
         self.down_proj = Linear(inner, width, **kwargs)
 
-    def forward(self, x: torch.Tensor, run: Run | None = None) -> torch.Tensor:
-        return row_by_row(self._rows, x.reshape(-1, x.shape[-1])).view_as(x)
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        return (self.up_proj,)
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Fp8Normed, run: Run | None = None) -> torch.Tensor:
+        return each_row(self._rows, x)
+
+    def _rows(self, x: torch.Tensor | Fp8Normed) -> torch.Tensor:
         return self.down_proj(self.up_proj(x), self.act)
 
 
@@ -194,6 +215,8 @@ class MoE(nn.Module):
     router and shared expert always see the full width. The shared expert runs on a stream of its
     own where that may pay (:func:`.streams.pays`).
     """
+
+    readers = ()  # router and experts read the input too, and as values
 
     def __init__(self, config: NemotronHConfig, **kwargs):
         super().__init__()

@@ -46,7 +46,7 @@ class Layer(nn.Module):
             self.mixer = MLP(config.hidden_size, config.intermediate_size, act, **kwargs)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, run: Run):
-        normed, residual = normed_sum(self.norm, x, residual)
+        normed, residual = normed_sum(self.norm, x, residual, self.mixer.readers)
         return self.mixer(normed, run), residual
 
 

@@ -1,15 +1,38 @@
-"""The norms of the models, each with the residual addition before it."""
+"""The norms of the models, each with the residual addition before it.
+
+A norm is told its ``readers``: the linear layers that read its result, if nothing else does. Where
+all of them take it in FP8, the kernel of the norm quantises it on the way, once for all.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemokernels import rms_norm
+from nemokernels import Fp8Normed, rms_norm, rms_norm_fp8
 from nemokernels._registry import acc_dtype
+from nemokernels.models.linear import Linear
 
-__all__ = ["LayerNorm", "LayerNorm1P", "RMSNorm", "normed_sum"]
+__all__ = ["LayerNorm", "LayerNorm1P", "RMSNorm", "emission", "normed_sum"]
+
+Readers = Sequence[Linear]
+
+
+def emission(readers: Readers, x: torch.Tensor) -> dict[str, object] | None:
+    """Scale and ``transpose`` for a norm of x that emits FP8; None: it does not.
+
+    Layers that read one tensor have one scale: they have seen the same maxima from the start. Under
+    autocast they quantise what the cast has made of the norm's result, which the norm cannot.
+    """
+    scales = [layer.input_scale() if isinstance(layer, Linear) else None for layer in readers]
+    values = not scales or any(scale is None for scale in scales)
+    if values or torch.is_autocast_enabled(x.device.type):
+        return None
+    wgrad = torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in readers)
+    return {"scale": scales[0], "transpose": wgrad}
 
 
 class RMSNorm(nn.Module):
@@ -18,8 +41,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, **kwargs))
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
-        return rms_norm(x, self.weight, residual=residual, eps=self.eps)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, readers: Readers = ()):
+        emits = emission(readers, x)
+        if emits is None:
+            return rms_norm(x, self.weight, residual=residual, eps=self.eps)
+        normed = rms_norm_fp8(x, self.weight, residual=residual, eps=self.eps, **emits)
+        return normed if residual is None else (normed, normed.total)
 
 
 class LayerNorm(nn.Module):
@@ -47,6 +74,9 @@ class LayerNorm1P(LayerNorm):
     offset = 1.0
 
 
-def normed_sum(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None):
+def normed_sum(
+    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None, readers: Readers = ()
+) -> tuple[torch.Tensor | Fp8Normed, torch.Tensor]:
     """The normed sum of x and the residual stream (None at its beginning), and that sum."""
-    return (norm(x), x) if residual is None else norm(x, residual)
+    more = {"readers": readers} if isinstance(norm, RMSNorm) else {}  # no LayerNorm emits FP8
+    return (norm(x, **more), x) if residual is None else norm(x, residual, **more)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from nemokernels import (
+    Fp8Normed,
     attention,
     attention_with_cache,
     causal_conv1d_fn,
@@ -36,7 +37,7 @@ __all__ = ["Decode", "Packed", "Prefill", "Run"]
 class Run(Protocol):
     """One model call: how its mixers look across tokens. ``layer`` numbers the layers."""
 
-    def mamba(self, mixer, zxbcdt) -> torch.Tensor:
+    def mamba(self, mixer, zxbcdt) -> torch.Tensor | Fp8Normed:
         """What lies between a Mamba-2 mixer's projections: convolution, scan and gated norm."""
 
     def conv(self, layer, x, weight, bias) -> torch.Tensor:
@@ -78,9 +79,8 @@ class Packed:
         c, weights = self.config, mixer.weights()
         return mamba_split_conv1d_scan_combined(
             zxbcdt, weights.pop("weight"), weights.pop("bias"), chunk_size=c.chunk_size,
-            dt_limit=c.time_step_limit, rmsnorm_weight=mixer.norm.weight,
-            rmsnorm_eps=mixer.norm.eps, headdim=c.mamba_head_dim, ngroups=c.n_groups,
-            norm_before_gate=False, cu_seqlens=self.cu_seqlens, **weights,
+            dt_limit=c.time_step_limit, headdim=c.mamba_head_dim, ngroups=c.n_groups,
+            norm=mixer.gated_norm, cu_seqlens=self.cu_seqlens, **weights,
         )  # fmt: skip
 
     def selective_scan(self, layer, x, dt, A, B, C, *, D, dt_bias, z):

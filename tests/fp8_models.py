@@ -6,8 +6,9 @@ from torch import nn
 
 from nemokernels.models import Fp8Linear, convert_to_fp8
 from nemokernels.models.mixers import MLP
+from nemokernels.models.norms import RMSNorm
 
-SIZES = dict(intermediate_size=64, head_dim=16, mamba_num_heads=8, vocab_size=96)
+SIZES = dict(intermediate_size=64, head_dim=16, mamba_num_heads=16, mamba_head_dim=4, vocab_size=96)
 
 
 def hybrid(pattern="M*-", recipe=None, **changes):
@@ -16,17 +17,18 @@ def hybrid(pattern="M*-", recipe=None, **changes):
 
 
 def blocks(recipe=None, count=2, dtype=torch.float32):
-    """A stack of MLPs, each with its residual connection."""
+    """A stack of MLPs, each with the norm that emits its input and its residual connection."""
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
+            self.norm = RMSNorm(16, 1e-5, dtype=dtype)
             self.mlp = MLP(16, 32, dtype=dtype)
             for p in self.parameters():
                 nn.init.normal_(p, std=0.3)
 
         def forward(self, x):
-            return x + self.mlp(x)
+            return x + self.mlp(self.norm(x, readers=self.mlp.readers))
 
     stack = nn.Sequential(*(Block() for _ in range(count)))
     return convert_to_fp8(stack, recipe, lambda name, module: True)

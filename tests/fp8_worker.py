@@ -43,6 +43,8 @@ def steps(model, rank, world, group=None):
         if step not in SPECIAL:
             optimizer.step()
         optimizer.zero_grad()
+    found = {layer.quantised_by for n, layer in fp8_models.layers(model).items() if "up" in n}
+    assert found == {"norm"}
     return record, {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 

@@ -125,6 +125,8 @@ def test_main_gradients():
     for _ in range(2):
         model(x).backward(dy)
     for name, p in model.named_parameters():
+        if ".norm." in name:
+            continue
         assert p.grad is None
         assert torch.equal((p.main_grad / 2).bfloat16(), plain[name]), name
         assert not torch.equal(p.main_grad.bfloat16().float(), p.main_grad)

@@ -71,6 +71,9 @@ BAD_MIXER = [
     (dict(conv1d_weight=torch.ones(32, 5)), ValueError, "`weight` has 5 taps"),
     (dict(dt_limit=(2.0, 1.0)), ValueError, "`dt_limit` is"),
     (dict(initial_states=torch.ones(2, 4, 3, 4)), ValueError, "`initial_states` has shape"),
+    (dict(norm=max, rmsnorm_weight=torch.ones(12)), ValueError, "`norm` excludes `rmsnorm_weight`"),
+    (dict(norm=max, outproj_weight=torch.ones(5, 12)), ValueError, "`norm` excludes"),
+    (dict(norm=max, zxbcdt=torch.ones(2, 6, 50)), ValueError, "`norm` excludes .* and an MLP"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nemokernels import mamba_split_conv1d_scan_combined as mixer
+from nemokernels import rmsnorm_fn
 
 HEADS, WIDTH, GROUPS, STATE, TAPS, INNER = 4, 3, 2, 5, 4, 12
 CHANNELS = INNER + 2 * GROUPS * STATE
@@ -109,6 +110,24 @@ def test_seq_idx_reaches_convolution_and_scan():
     alone = run({**args, "zxbcdt": args["zxbcdt"][:, 6:11]}, return_final_states=True)[1]
     close(state, alone)
     close(out[0, 11:], args["outproj_bias"].expand(2, -1))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_norm_of_the_callers(before):
+    """It sees the scan's output by heads and the gate; what it returns comes out."""
+    args = {n: t for n, t in inputs().items() if not n.startswith("outproj")}
+    weight = args.pop("rmsnorm_weight")
+
+    def norm(y, z):
+        assert y.shape == (2, 9, HEADS, WIDTH) and z.shape == (2, 9, INNER)
+        y = y.flatten(2)
+        return ("normed", rmsnorm_fn(y, weight, z=z, group_size=6, norm_before_gate=before))
+
+    (word, got), state = run(args, norm=norm, return_final_states=True)
+    want, want_state = run({**args, "rmsnorm_weight": weight}, norm_before_gate=before,
+                           return_final_states=True)  # fmt: skip
+    assert word == "normed" and torch.equal(got, want) and torch.equal(state, want_state)
+    assert torch.equal(run(args, norm=norm)[1], want)
 
 
 def test_state_dtype_reaches_the_scan():

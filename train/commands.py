@@ -143,7 +143,9 @@ def train(
         Console().print(f"{change}, model in {out / 'model'}", highlight=False)
         if report := fp8_report(network):
             ran = sum(layer.promised for layer in report)
-            Console().print(f"FP8: {ran} of {len(report)} linear layers", highlight=False)
+            by_norm = sum(layer.quantised_by == "norm" for layer in report)
+            text = f"FP8: {ran} of {len(report)} linear layers, {by_norm} of them fed by their norm"
+            Console().print(text, highlight=False)
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -139,6 +142,7 @@ def mamba_split_conv1d_scan_combined(
     state_dtype: torch.dtype | None = None,
     *,
     cu_seqlens: torch.Tensor | None = None,
+    norm: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """A whole Mamba-2 mixer from its input projection on: convolution, scan, norm, projection.
 
@@ -171,6 +175,8 @@ def mamba_split_conv1d_scan_combined(
         ngroups: G.
         norm_before_gate: as in rmsnorm_fn.
         cu_seqlens: (S+1) int32, packed sequences (not in the peer).
+        norm: called with the ungated y (B, T, H, P) and z (B, T, H*P) in place of the norm; what it
+            returns is out (not in the peer). Excludes rmsnorm_weight and outproj_weight; M is 0.
 
     Returns:
         out (B, T, M + H*P), or (B, T, E) with outproj_weight; with ``return_final_states``
@@ -212,6 +218,9 @@ def mamba_split_conv1d_scan_combined(
     check(fn, outproj_bias is None or outproj_weight is not None,
           "`outproj_bias` needs `outproj_weight`, got None")  # fmt: skip
 
+    check(fn, norm is None or (rmsnorm_weight is None and outproj_weight is None and not mlp),
+          "`norm` excludes `rmsnorm_weight`, `outproj_weight` and an MLP")  # fmt: skip
+
     if outproj_weight is not None:
         check_tensor(fn, "outproj_weight", outproj_weight, shape=(None, mlp + inner),
                      dims="(E, M + H*P)", dtypes=FLOATS, device=zxbcdt.device)  # fmt: skip
@@ -220,7 +229,8 @@ def mamba_split_conv1d_scan_combined(
                      dims="(E,)", dtypes=FLOATS, device=zxbcdt.device)  # fmt: skip
 
     gated_mlp, z, xbc, dt = zxbcdt.split([2 * mlp, inner, channels, heads], dim=-1)
-    gate = z.unflatten(-1, (heads, width)) if rmsnorm_weight is None else None
+    in_scan = rmsnorm_weight is None and norm is None
+    gate = z.unflatten(-1, (heads, width)) if in_scan else None
     check_filter(fn, xbc.transpose(1, 2), conv1d_weight, conv1d_bias)
     tensors = dict(dt=dt, A=A, D=D, z=gate, dt_bias=dt_bias, initial_states=initial_states,
                    seq_idx=seq_idx)  # fmt: skip
@@ -233,6 +243,9 @@ def mamba_split_conv1d_scan_combined(
         cu_seqlens, sizes=(heads, width, ngroups, state), silu=is_silu(fn, activation),
         options=(chunk_size, True, *map(float, dt_limit), state_dtype),
     )  # fmt: skip
+    if norm is not None:
+        y = norm(y, z)
+        return (y, final) if return_final_states else y
     y = y.flatten(2)
     if rmsnorm_weight is not None:
         y = rmsnorm_fn(y, rmsnorm_weight, z=z, eps=rmsnorm_eps, group_size=inner // ngroups,
