@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from nemokernels.models.activations import ACTIVATIONS
 from nemokernels.models.blocks import (
@@ -24,7 +23,6 @@ from nemokernels.models.fields import (
     check_fixed,
     check_object,
     check_type,
-    read_file,
     rename,
     show,
 )
@@ -215,11 +213,6 @@ class NemotronHConfig:
                 raise ConfigError(f"`{name}` is missing")
         return cls(**{name: left.pop(name) for name in known if name in left}, extra=left)
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> NemotronHConfig:
-        """Read a config.json file."""
-        return read_file(path, cls.from_dict)
-
     def to_dict(self) -> dict[str, object]:
         """The fields of a config.json that transformers, vLLM and :meth:`from_dict` read."""
         own = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
@@ -319,36 +312,45 @@ def _check(config: NemotronHConfig) -> None:
         for name in _NEEDED[letter]:
             if getattr(config, name) is None and config.block_configs is None:
                 raise ConfigError(f"`{name}` is missing; the pattern has {letter!r} layers")
-    if "M" in used:
-        check_divides(config, "mamba_num_heads", "n_groups")
-        if not 2 <= config.conv_kernel <= 4:
-            raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
-        if not config.time_step_min <= config.time_step_max:
-            raise ConfigError(
-                f"`time_step_max` is {config.time_step_max}, below `time_step_min` "
-                f"{config.time_step_min}"
-            )
-        if config.mamba_ssm_cache_dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(
-                "`mamba_ssm_cache_dtype` must be float32, bfloat16 or float16, got "
-                f"{show(config.mamba_ssm_cache_dtype)}"
-            )
-    if "*" in used:
-        check_divides(config, "num_attention_heads", "num_key_value_heads")
     if config.mlp_hidden_act not in ACTIVATIONS:
         raise ConfigError(
             f"`mlp_hidden_act` is {show(config.mlp_hidden_act)}, expected one of "
             f"{', '.join(ACTIVATIONS)}"
         )
+    if "M" in used:
+        _check_mamba(config)
+    if "*" in used:
+        check_divides(config, "num_attention_heads", "num_key_value_heads")
     if "E" in used:
-        check_fixed({"mlp_hidden_act": config.mlp_hidden_act}, {"mlp_hidden_act": "relu2"})
-    if "E" in used and config.block_configs is None:
-        check_divides(config, "n_routed_experts", "n_group")
-        if config.topk_group > config.n_group:
-            raise ConfigError(f"`topk_group` {config.topk_group} exceeds {config.n_group} groups")
-        choice = config.n_routed_experts // config.n_group * config.topk_group
-        if config.num_experts_per_tok > choice:
-            raise ConfigError(
-                f"`num_experts_per_tok` is {config.num_experts_per_tok}, but a token chooses among "
-                f"{choice} experts"
-            )
+        _check_experts(config)
+
+
+def _check_mamba(config: NemotronHConfig) -> None:
+    check_divides(config, "mamba_num_heads", "n_groups")
+    if not 2 <= config.conv_kernel <= 4:
+        raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
+    if not config.time_step_min <= config.time_step_max:
+        raise ConfigError(
+            f"`time_step_max` is {config.time_step_max}, below `time_step_min` "
+            f"{config.time_step_min}"
+        )
+    if config.mamba_ssm_cache_dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(
+            "`mamba_ssm_cache_dtype` must be float32, bfloat16 or float16, got "
+            f"{show(config.mamba_ssm_cache_dtype)}"
+        )
+
+
+def _check_experts(config: NemotronHConfig) -> None:
+    check_fixed({"mlp_hidden_act": config.mlp_hidden_act}, {"mlp_hidden_act": "relu2"})
+    if config.block_configs is not None:
+        return  # every layer's own configuration is checked by itself
+    check_divides(config, "n_routed_experts", "n_group")
+    if config.topk_group > config.n_group:
+        raise ConfigError(f"`topk_group` {config.topk_group} exceeds {config.n_group} groups")
+    choice = config.n_routed_experts // config.n_group * config.topk_group
+    if config.num_experts_per_tok > choice:
+        raise ConfigError(
+            f"`num_experts_per_tok` is {config.num_experts_per_tok}, but a token chooses among "
+            f"{choice} experts"
+        )

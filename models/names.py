@@ -92,12 +92,6 @@ def stacked(name: str) -> tuple[str, int] | None:
     return (f"{match['stack']}.{match['leaf']}", int(match["index"])) if match else None
 
 
-def unstacked(name: str, index: int) -> str:
-    """``...experts.up_proj`` and 3 -> ``...experts.3.up_proj.weight``."""
-    stack, leaf = name.rsplit(".", 1)
-    return f"{stack}.{index}.{leaf}.weight"
-
-
 def is_stack(name: str) -> bool:
     """Whether this is the in-memory name of a stack of experts."""
     return name.endswith((".experts.up_proj", ".experts.down_proj"))

@@ -41,8 +41,6 @@ _ALIKE = {"hidden_size": "M*-E", "mamba_num_heads": "M", "mamba_head_dim": "M",
 _BY_LAYER = {"intermediate_size": "-", "n_routed_experts": "E", "moe_intermediate_size": "E",
              "moe_shared_expert_intermediate_size": "E"}  # fmt: skip
 AXES = {**_ALIKE, **_BY_LAYER}
-# What layers of a kind may have for themselves; a token's number of experts is no axis.
-_OWN = {**_BY_LAYER, "num_experts_per_tok": "E"}
 _LAYER = re.compile(r"(?P<part>backbone|mtp)\.layers\.(?P<index>\d+)\.(?P<leaf>.+)")
 _EXPERT = re.compile(r"experts\.(?P<index>\d+)\.(?P<leaf>(?:up|down)_proj)\.weight")
 

@@ -171,11 +171,6 @@ class NemotronVLConfig:
     def n_routed_experts(self) -> int | None:
         return self.llm_config.n_routed_experts
 
-    @property
-    def tile_tokens(self) -> int:
-        """Tokens of one tile, 256 for 512 pixels, and of one frame of a video."""
-        return (self.force_image_size // (SHUFFLE * self.vision_config.patch_size)) ** 2
-
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> NemotronVLConfig:
         """Read the fields of a config.json."""

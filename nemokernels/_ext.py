@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemokernels import _build
+from nemokernels import _build, _triton
 
 NAMESPACE = "nemokernels_C"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -47,13 +47,8 @@ def archs(path: Path) -> list[str]:
 
 def reason(device: torch.device) -> str | None:
     """Why the library cannot run on ``device``; None if it can (it is loaded then)."""
-    if device.type != "cuda":
-        return f"needs a CUDA device, this is {device.type}"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return _reason_on(torch.cuda.get_device_capability(device))
+    why = _triton.cuda_reason(device)
+    return why or _reason_on(torch.cuda.get_device_capability(device))
 
 
 @functools.cache

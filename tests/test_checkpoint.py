@@ -51,12 +51,18 @@ def write(folder, values, fields=FIELDS, shards=1):
     return folder
 
 
+def unstacked(name, index):
+    """``...experts.up_proj`` and 3: ``...experts.3.up_proj.weight``."""
+    stack, leaf = name.rsplit(".", 1)
+    return f"{stack}.{index}.{leaf}.weight"
+
+
 def in_memory(model):
     """The model's tensors under their published names."""
     out = {}
     for name, value in model.state_dict().items():
         parts = enumerate(value) if names.is_stack(name) else [(None, value)]
-        out |= {name if i is None else names.unstacked(name, i): v for i, v in parts}
+        out |= {name if i is None else unstacked(name, i): v for i, v in parts}
     return out
 
 
@@ -116,9 +122,7 @@ def rename(values, wrapper, trunk, stack):
         target, index = names.stacked(name) or (name, None)
         if stack and index is not None:
             target = target if index == 0 else None
-            value = (
-                torch.stack([values[names.unstacked(target, e)] for e in range(4)]) if target else 0
-            )
+            value = torch.stack([values[unstacked(target, e)] for e in range(4)]) if target else 0
         else:
             target = name
         if target:

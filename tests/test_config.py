@@ -105,7 +105,7 @@ def test_transformers_reads_what_is_written_and_back(mtp, tmp_path):
     for name in written - {"mtp_hybrid_override_pattern"}:
         assert getattr(theirs, name) == getattr(ours, name), name
     theirs.save_pretrained(tmp_path / "again")
-    again = NemotronHConfig.from_json(tmp_path / "again" / "config.json")
+    again = read_config(tmp_path / "again" / "config.json")
     assert (again.pattern, again.mtp_pattern) == (ours.pattern, ours.mtp_pattern)
     for name in written | {"time_step_limit"}:
         assert getattr(again, name) == getattr(ours, name), name
@@ -196,12 +196,12 @@ def test_bad_field(change, message):
 def test_bad_file(text, message, tmp_path):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConfigError, match=message):
-        NemotronHConfig.from_json(tmp_path / "config.json")
+        read_config(tmp_path / "config.json")
 
 
 def test_absent_file(tmp_path):
     with pytest.raises(ConfigError, match="is not readable JSON"):
-        NemotronHConfig.from_json(tmp_path / "config.json")
+        read_config(tmp_path / "config.json")
 
 
 def test_is_immutable_and_hashable():

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from nemokernels._backends import default_device
 from nemokernels.models import (
     CausalLM,
+    Generation,
     NemotronVL,
     VisionPrompt,
     build,
@@ -243,7 +244,18 @@ def generate(
         eos=next((c.extra["eos_token_id"] for c in configs if "eos_token_id" in c.extra), None),
         image_features=features,
     )
-    seconds = time.perf_counter() - started
+    _print_generation(tokenizer, prompt, result, time.perf_counter() - started, as_json=as_json)
+    return 0
+
+
+def _print_generation(
+    tokenizer: Tokenizer,
+    prompts: tuple[str, ...],
+    result: Generation,
+    seconds: float,
+    *,
+    as_json: bool,
+) -> None:
     texts = [tokenizer.decode(row) for row in result.tokens]
     produced = sum(map(len, result.tokens))
     summary = {
@@ -257,12 +269,11 @@ def generate(
     }
     if as_json:
         print(json.dumps(summary))
-        return 0
+        return
     console = Console(highlight=False)
-    for before, after in zip(prompt, texts):
+    for before, after in zip(prompts, texts):
         console.print(f"[bold]{escape(before)}[/bold]{escape(after)}\n")
     console.print(
         f"{produced} tokens, {summary['tokens_per_second']:.1f} per second, "
         f"{summary['mean_accepted_length']:.2f} per step"
     )
-    return 0

@@ -96,6 +96,19 @@ class Settings:
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"need 0 <= min_lr <= lr, got min_lr {self.min_lr}, lr {self.lr}")
 
+    def check_ranks(self, world: int) -> None:
+        """Raise ValueError unless the work divides evenly among ``world`` ranks."""
+        if self.windows % (world * self.micro_batches):
+            raise ValueError(
+                f"windows ({self.windows}) must be a multiple of ranks x micro_batches "
+                f"({world} x {self.micro_batches})"
+            )
+        if world % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel ({self.expert_parallel}) must divide the number of ranks "
+                f"({world})"
+            )
+
 
 @dataclass(frozen=True)
 class Report:
@@ -140,17 +153,7 @@ class Trainer:
         settings.check()
         self.settings, self.batches, self.out, self.keep = settings, batches, Path(out), keep
         self.rank, self.world, self.device = parallel.start()
-        share = settings.windows // (self.world * settings.micro_batches)
-        if share * self.world * settings.micro_batches != settings.windows:
-            raise ValueError(
-                f"windows ({settings.windows}) must be a multiple of ranks x micro_batches "
-                f"({self.world} x {settings.micro_batches})"
-            )
-        if self.world % settings.expert_parallel:
-            raise ValueError(
-                f"expert_parallel ({settings.expert_parallel}) must divide the number of ranks "
-                f"({self.world})"
-            )
+        settings.check_ranks(self.world)
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         if on_meta and fill is None:
             raise ValueError("a model on meta needs `fill`, which gives it its values")

@@ -6,8 +6,6 @@ meant to run. A replayed CUDA graph runs what its capture noted.
 
 from __future__ import annotations
 
-PRODUCTS = ("forward", "dgrad", "wgrad")
-
 _ran: dict[str, dict[str, str]] = {}
 
 
