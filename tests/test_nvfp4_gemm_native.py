@@ -157,7 +157,7 @@ def test_offsets_that_are_none_stay_in_bounds(host_library, ends):
     a = torch.randint(256, (40, 16), dtype=torch.uint8)
     a_scales = torch.full((ref.padded_rows(40, 4), 4), 0x38, dtype=torch.uint8)  # ones
     out = torch.full((40, 8), -5.25, dtype=torch.bfloat16)
-    native._grouped(a, a_scales, b, b_scales, alpha, offsets, False, out)
+    native._grouped(a, a_scales, b, b_scales, alpha, offsets, False, 0, out)
     expert = torch.full((40,), -1)
     last = 0
     for e, end in enumerate(ends):
@@ -179,14 +179,31 @@ def test_offsets_that_are_none_stay_in_bounds(host_library, ends):
     (lambda t: dict(offsets=t["offsets"][:3]), "as many as the sizes say"),
     (lambda t: dict(a_scales=t["a_scales"][:256]), "as many as the sizes say"),
     (lambda t: dict(alpha=t["alpha"][:3]), "one float32 factor per product"),
+    (lambda t: dict(first=64), "from a multiple of 128 on"),
+    (lambda t: dict(first=128), "expected columns of b"),
+    (lambda t: dict(first=-128), "expected columns of b"),
 ])  # fmt: skip
 def test_grouped_refuses(host_library, change, message):
     names = ("a", "a_scales", "b", "b_scales", "alpha", "offsets", "squared_relu")
     args = dict(zip(names, op._example_grouped(CPU, torch.float32)))
-    args["out"] = torch.empty(200, 136, dtype=torch.bfloat16)
+    args |= dict(first=0, out=torch.empty(200, 136, dtype=torch.bfloat16))
     args |= change(args)
     with pytest.raises(RuntimeError, match=message):
         native._grouped(*args.values())
+
+
+def test_the_host_multiplies_some_columns(host_library):
+    """Whole tiles of 128 to begin with, as many columns as asked."""
+    offsets = torch.tensor([5, 5, 150], dtype=torch.int32)
+    codes, scales, scale_2 = quantize(torch.randn(150, 96), None, 1, None)
+    b, b_scales, b_global = (t[:3] for t in op._example_experts_weights(CPU, 328, 96))
+    args = codes, ref.group_scales(scales, offsets), b, b_scales, b_global * scale_2, offsets, False
+    whole = native.grouped_product(*args)
+    for first, columns in ((0, 128), (128, 128), (256, 72), (128, 200)):
+        part = native.grouped_product(*args, torch.bfloat16, first, columns)
+        assert torch.equal(part, whole[:, first : first + columns])
+        want = ref.grouped_product(*args, None, first, columns)
+        assert torch.equal(want, ref.grouped_product(*args)[:, first : first + columns])
 
 
 def test_python_and_cuda_agree_on_units():

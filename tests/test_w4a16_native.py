@@ -87,6 +87,27 @@ def test_experts(device, dtype, rows, tokens, spread):
         testing.assert_matches(got, exact, low, part)
 
 
+@pytest.mark.parametrize("rows", native.ROWS)
+def test_some_columns(device, rows):
+    """Passes over the columns of the down projection: the bits of one over all."""
+    route = moe_route(torch.randn(9, 5), top_k=2)
+    table = [t.to(device) for t in (route.order, route.offsets, *tiles_of(route.offsets, rows))]
+    x = (torch.randn(18, 80) / 64).to(BF16).to(device)
+    weight = [t.to(device) for t in random_weight(5, 120, 80)]
+
+    def product(first, columns):
+        out = torch.full((18, columns), torch.nan, dtype=BF16, device=device)
+        return native.product(x, *weight, *table, 2, "slots", rows, out, first)
+
+    whole = product(0, 120)
+    assert whole.isfinite().all()
+    for first, columns in ((0, 64), (64, 56), (16, 32), (96, 24)):
+        assert torch.equal(product(first, columns), whole[:, first : first + columns])
+    for first, columns in ((8, 32), (-16, 32), (112, 32)):
+        with pytest.raises(RuntimeError, match="from a multiple of 16 on"):
+            product(first, columns)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_every_code_and_scale_is_exact(device, dtype):
     """x picks one column at a time: e2m1 times block scale comes out in full."""

@@ -31,7 +31,9 @@ struct Dense {
 
 struct Grouped {
   int64_t experts, rows, columns, depth;  // rows of all experts together
-  const void *a, *b;                      // (rows, depth), (experts, columns, depth)
+  // out has the columns of the result from the first one, a multiple of 128, on.
+  int64_t first_column, b_columns;
+  const void *a, *b;                      // (rows, depth), (experts, b_columns, depth)
   // An expert's scales of a begin at the next whole tile after those of the expert before it; its
   // scales of b are padded to whole tiles.
   const void *a_scales, *b_scales;
@@ -63,9 +65,10 @@ NEMO_HD Dense group(const Grouped& p, int64_t e) {
   d.columns = p.columns;
   d.depth = p.depth;
   d.a = at(p.a, first * p.depth / 2);
-  d.b = at(p.b, e * p.columns * p.depth / 2);
+  d.b = at(p.b, (e * p.b_columns + p.first_column) * p.depth / 2);
   d.a_scales = at(p.a_scales, scales);
-  d.b_scales = at(p.b_scales, e * scale_bytes(p.columns, p.depth));
+  d.b_scales = at(p.b_scales, e * scale_bytes(p.b_columns, p.depth) +
+                                  scale_bytes(p.first_column, p.depth));
   d.alpha = p.alpha + e;
   d.out = const_cast<char*>(at(p.out, first * p.columns * 2));
   return d;

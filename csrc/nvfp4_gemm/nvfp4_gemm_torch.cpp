@@ -85,7 +85,7 @@ void product(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor alpha,
 }
 
 void grouped(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor alpha, Tensor offsets,
-             bool squared_relu, Tensor out) {
+             bool squared_relu, int64_t first, Tensor out) {
   const OnDevice device(a);
   Grouped p{};
   fill(p, a, out);
@@ -97,8 +97,12 @@ void grouped(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor alpha,
   // Every expert that has rows may leave all but one row of a tile empty.
   const int64_t used = p.experts < p.rows ? p.experts : p.rows;
   p.a_scales = bytes(a_scales, scale_bytes((p.rows + 127 * used) / 128 * 128, p.depth));
-  p.b = bytes(b, p.experts * p.columns * p.depth / 2);
-  p.b_scales = bytes(b_scales, p.experts * scale_bytes(p.columns, p.depth));
+  p.b_columns = b.dim() == 3 ? b.size(1) : 0;
+  p.first_column = first;
+  STD_TORCH_CHECK(first >= 0 && first % 128 == 0 && first + p.columns <= p.b_columns,
+                  "expected columns of b, from a multiple of 128 on");
+  p.b = bytes(b, p.experts * p.b_columns * p.depth / 2);
+  p.b_scales = bytes(b_scales, p.experts * scale_bytes(p.b_columns, p.depth));
   p.alpha = alphas(alpha, p.experts);
   p.squared_relu = squared_relu;
   dispatch(p, a, device);

@@ -66,9 +66,9 @@ struct ProductKernel {
     const Place at = place(p, block);
     if (at.expert < 0 || !leads_warp(thread)) return;
     const int warp = thread / kLanes, depth = int(p.depth), units = int(ceil_div(p.depth, 64));
-    const int64_t tiles = ceil_div(p.width, 16), first_tile = at.row_block * kRowTiles;
-    const int tiles_here = int(smaller<int64_t>(tiles - first_tile, kRowTiles));
-    const int64_t base = (at.expert * tiles + first_tile) * units;
+    const int64_t first_tile = p.first_tile + at.row_block * kRowTiles;
+    const int tiles_here = int(smaller<int64_t>(p.weight_tiles - first_tile, kRowTiles));
+    const int64_t base = (at.expert * p.weight_tiles + first_tile) * units;
 
     PerLane<const T*> x[kPieces];
     PerLane<const uint8_t*> codes, scales;

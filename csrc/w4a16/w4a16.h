@@ -1,8 +1,8 @@
 // Products of a few rows with NVFP4 weights: parameters and the function that launches them.
 //
-// A weight (width, depth) lies in tiles of 16 rows and 64 columns, zero-padded: codes
-// (width/16, depth/64, 16, 32) and E4M3 block scales (width/16, depth/64, 16, 4), bytes. In a block
-// of 16 elements byte i holds element i in its low and element i + 8 in its high nibble.
+// A weight (N, depth) lies in tiles of 16 rows and 64 columns, zero-padded: codes
+// (N/16, depth/64, 16, 32) and E4M3 block scales (N/16, depth/64, 16, 4), bytes. In a block of 16
+// elements byte i holds element i in its low and element i + 8 in its high nibble.
 #pragma once
 
 #include "nemo/launch.h"
@@ -17,6 +17,7 @@ enum class Part : int32_t {
 
 struct Product {
   int64_t rows, width, depth;
+  int64_t weight_tiles, first_tile;  // of 16 rows: what each weight has, where out begins
   const void* x;  // rows of depth elements, aligned to 16 bytes
   int64_t x_row;
   const uint8_t *codes, *scales;

@@ -17,7 +17,7 @@ const uint8_t* bytes(const Tensor& t) {
 
 void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optional order,
              Optional offsets, Optional tile_expert, Optional tile_row, int64_t top_k, int64_t part,
-             int64_t rows, Tensor out) {
+             int64_t rows, int64_t first, Tensor out) {
   const OnDevice device(x);
   Product p{};
   p.rows = out.size(0);
@@ -38,7 +38,13 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
   p.experts = offsets ? offsets->size(0) : 1;
   p.tiles = tile_expert ? tile_expert->size(0) : 0;
   p.top_k = top_k;
-  const int64_t unit_tiles = ceil_div(p.width, 16) * ceil_div(p.depth, 64);
+  STD_TORCH_CHECK(codes.dim() >= 4, "expected a weight in tiles of 16 x 64");
+  p.weight_tiles = codes.size(codes.dim() - 4);
+  p.first_tile = first / 16;
+  STD_TORCH_CHECK(first >= 0 && first % 16 == 0 &&
+                      p.first_tile + ceil_div(p.width, 16) <= p.weight_tiles,
+                  "expected columns of the weight, from a multiple of 16 on");
+  const int64_t unit_tiles = p.weight_tiles * ceil_div(p.depth, 64);
   STD_TORCH_CHECK(codes.numel() == p.experts * unit_tiles * 512 &&
                       scales.numel() == p.experts * unit_tiles * 64,
                   "expected a weight in tiles of 16 x 64");

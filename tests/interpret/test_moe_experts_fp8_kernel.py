@@ -50,6 +50,17 @@ def test_returned_dtypes(dtype):
     compare(make(7, 3, 2, 32, 32), "wide", dtype=dtype)
 
 
+@pytest.mark.parametrize("per_row, tma", [(False, True), (True, False)])
+def test_passes_over_columns_have_the_same_bits(per_row, tma):
+    args, tile = make(5, 3, 2, 80, 32, per_row), TILES["small"]
+    few, every = (
+        kernel_fp8.forward(*args, dtype=torch.float16, config=op.Config(
+            "triton", tile, None, tma, slot_bytes=most))
+        for most in (10 * 32 * 2, 2**40)  # 32 of 80 columns at a time, or all
+    )  # fmt: skip
+    assert torch.equal(few, every) and few.any()
+
+
 @pytest.mark.parametrize("tokens", [1, 31, 33])
 def test_all_to_one_expert(tokens):
     compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "small")

@@ -5,6 +5,7 @@ import torch
 
 from nemokernels import testing
 from nemokernels.ops.moe_experts import kernel, op, ref
+from nemokernels.ops.moe_experts.passes import columns_at_once
 from nemokernels.ops.moe_route import ref as route
 
 F32, F16 = torch.float32, torch.float16
@@ -121,6 +122,23 @@ def test_strides(tile, tma):
     compare((wide[:, 5:53:2], up, *turned), dy, small(tile, tma))
     x, up = torch.cat((x, x), 1)[:, :24], torch.cat((up, up), 2)[..., :24]
     compare((x, up, *turned), dy.t().clone().t(), small(tile, tma))
+
+
+@pytest.mark.parametrize(
+    "tile, tma, turned",
+    [("swap", False, False), ("swap", False, True), ("wide", True, False), ("tall", True, True)],
+)
+def test_passes_over_columns_have_the_same_bits(tile, tma, turned):
+    args, dy = make(5, 3, 2, 72, 32)
+    if turned:  # their columns are the inner axis
+        args = args[0], *(m.mT.contiguous().mT for m in args[1:3]), *args[3:]
+    results, columns = [], TILES[tile].columns
+    for most in (10 * columns * 4, 2**40):  # one tile of columns at a time, or all
+        shape = op.Config("triton", TILES[tile], TILES["tall"], tma, slot_bytes=most)
+        results.append(run(args, dy, [shape, shape]))
+    assert columns_at_once(10, 72, 4, columns, 10 * columns * 4) == columns
+    for few, every in zip(*results, strict=True):
+        assert torch.equal(few, every) and few.is_contiguous() and few.any()
 
 
 @pytest.mark.parametrize("tma", [False, True])

@@ -154,3 +154,15 @@ def test_a_route_that_is_none_stays_in_bounds():
         assert (around[:16] == -5).all() and (around[24:] == -5).all()
         reached = [0, 1, 2, 3, 5, 6] if part == "slots" else [0, 3, 4, 5, 6, 7]
         assert (around[16:24] != -5).any(1).nonzero().flatten().tolist() == reached
+
+
+def test_passes_over_columns_have_the_same_bits():
+    chosen = torch.rand(9, 4).argsort(1)[:, :2]
+    _, offsets, order = route.group_rows(chosen, 4)
+    args = (torch.randn(9, 64), *quantized(4, 32, 64), *quantized(4, 64, 32), 32,
+            torch.rand(9, 2), offsets, order)  # fmt: skip
+    few, every = (
+        kernel.experts(*args, config=op.Config("triton", TILES["small"], slot_bytes=most))
+        for most in (18 * 16 * 4, 2**40)  # 16 columns at a time, or all
+    )
+    assert torch.equal(few, every) and few.any()

@@ -30,7 +30,10 @@ def moe_experts(
     float16 overflows where ``up_e x`` exceeds 256. Under autocast x, up and down are cast to the
     autocast dtype; the weights stay float32.
 
-    Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros.
+    Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros. Kept
+    for them is the hidden layer (T * k, F), beside the arguments. On a GPU no (T * k, X) copy is
+    made of x, y or their gradients once it took more than 384 MiB: the rows that leave the experts
+    are held a block of columns at a time (moe_experts/passes.py).
 
     Weights in NVFP4 (W4A16): code times block scale is exact, the global scale multiplies the
     float32 sum, and nothing of the weight is rounded. In FP8 (W8A8): x and each hidden layer are

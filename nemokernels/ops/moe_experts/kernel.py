@@ -2,8 +2,9 @@
 
 T tokens of width X, E experts of width F, k slots per token, R = T * k rows sorted by expert. Rows
 of tokens are gathered where they are loaded and results go straight to their slots, so no permuted
-copy exists. A table made on the device gives each tile of rows its expert; the grids depend on
-shapes alone, and programs without a tile return.
+copy exists; the slots hold a block of columns at a time (passes.py). A table made on the device
+gives each tile of rows its expert; the grids depend on shapes alone, and programs without a tile
+return.
 
 Rows past the end of an expert, and strided columns past the width, are loaded from somewhere valid
 rather than masked: they only reach results that are not stored.
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, squared_relu
 from nemokernels._triton import as_rows, cdiv
+from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 
 TABLE_BLOCK = 32
 
@@ -74,6 +76,8 @@ def moe_experts_rows_kernel(
     weights_ptr,
     hidden_ptr,
     partial_ptr,
+    first_column,
+    columns,
     width,
     depth,
     slots,
@@ -93,11 +97,12 @@ def moe_experts_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One tile of a_r @ b_e, (depth) x (depth, width). PART says what becomes of it: "up" squares,
-    # "slots" puts row r where its slot is, "dhidden" is the gradient past squared ReLU and weight.
+    # One tile of a_r @ b_e, (depth) x (depth, width), of which the result has so many columns from
+    # the first one on. PART says what becomes of it: "up" squares, "slots" puts row r where its
+    # slot is, "dhidden" is the gradient past squared ReLU and weight.
     # GATHER: a has a row per token. TMA: a or b is a descriptor of its rows; those of b run along
     # the depth (K_INNER) or the width. SWAP: b is the left operand, for a handful of rows.
-    blocks_n = tl.cdiv(width, BLOCK_N)
+    blocks_n = tl.cdiv(columns, BLOCK_N)
     tile = tl.program_id(0) // blocks_n
     block_n = tl.program_id(0) % blocks_n
     expert = tl.load(expert_ptr + tile)
@@ -108,7 +113,9 @@ def moe_experts_rows_kernel(
     inside = row < tl.load(offsets_ptr + expert)
     slot = tl.load(order_ptr + row, mask=inside, other=0)
     a_row = slot // top_k if GATHER else tl.where(inside, row, 0)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = first_column + block_n * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     if not TMA_A:
         a_at = offset64(a_row, stride_a_row)
@@ -137,9 +144,9 @@ def moe_experts_rows_kernel(
         else:
             a = tl.load(a_ptrs, mask=(k[:, None] if SWAP else k[None, :]) < left, other=0.0)
         if TMA_B and K_INNER:
-            b = b_ptr.load([expert * width + block_n * BLOCK_N, start]).T
+            b = b_ptr.load([expert * width + first_n, start]).T
         elif TMA_B:
-            b = b_ptr.load([expert * depth + start, block_n * BLOCK_N])
+            b = b_ptr.load([expert * depth + start, first_n])
         elif EVEN_K and K_INNER:
             b = tl.load(b_ptrs)
         elif SWAP:
@@ -158,12 +165,13 @@ def moe_experts_rows_kernel(
             b_ptrs += offset64(BLOCK_K, stride_b_k)
     if SWAP:
         acc = tl.trans(acc)
-    mask = inside[:, None] & (n < width)[None, :]
+    mask = inside[:, None] & (out_n < columns)[None, :]
     dtype = out_ptr.dtype.element_ty
     if PART == "slots":
-        tl.store(out_ptr + (offset64(slot, width)[:, None] + n[None, :]), acc.to(dtype), mask=mask)
+        at = offset64(slot, columns)[:, None] + out_n[None, :]
+        tl.store(out_ptr + at, acc.to(dtype), mask=mask)
     else:
-        at = offset64(row, width)[:, None] + n[None, :]
+        at = offset64(row, columns)[:, None] + out_n[None, :]
         if PART == "up":
             acc = squared_relu(acc)
         else:
@@ -232,6 +240,7 @@ def moe_experts_slot_sum_kernel(
     weights_ptr,
     out_ptr,
     width,
+    stride_out,
     HAS_WEIGHTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -247,7 +256,7 @@ def moe_experts_slot_sum_kernel(
         if HAS_WEIGHTS:
             part *= tl.load(weights_ptr + first + j)
         total += part
-    at = offset64(token, width) + column
+    at = offset64(token, stride_out) + column
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
@@ -274,8 +283,7 @@ def forward(x, up, down, weights, offsets, order, config):
     slots, top_k = order.shape[0], weights.shape[1]
     tiles = _Tiles(offsets, order, top_k, config)
     hidden = tiles.multiply(x, up.mT, x.new_empty(slots, up.shape[1]), "up", True)
-    out = tiles.multiply(hidden, down.mT, x.new_empty(slots, x.shape[1]), "slots", False)
-    return slot_sum(out, weights, x.new_empty(x.shape)), hidden
+    return tiles.multiply_and_sum(hidden, down.mT, weights, True), hidden
 
 
 def backward(dy, x, up, down, weights, offsets, order, hidden, config):
@@ -288,9 +296,7 @@ def backward(dy, x, up, down, weights, offsets, order, hidden, config):
     da = x.new_empty(slots, up.shape[1])
     tiles.multiply(dy, down, da, "dhidden", True, weights, hidden, partial)
     dweights = column_sum(partial, weights.new_empty(weights.shape).view(-1)).view_as(weights)
-    out = tiles.multiply(da, up, x.new_empty(slots, x.shape[1]), "slots", False)
-    dx = slot_sum(out, weights, x.new_empty(x.shape), weighted=False)
-    del out
+    dx = tiles.multiply_and_sum(da, up, weights, False)
     dup = _weight_grad(da, x, up, weights, offsets, order, config.weights, down=False)
     ddown = _weight_grad(dy, hidden, down, weights, offsets, order, config.weights, down=True)
     return dx, dup, ddown, dweights
@@ -301,16 +307,28 @@ class _Tiles:
 
     def __init__(self, offsets, order, top_k, config):
         self.offsets, self.order = offsets.contiguous(), order.contiguous()
-        self.top_k, self.shape = top_k, config.rows
+        self.top_k, self.shape, self.slot_bytes = top_k, config.rows, config.slot_bytes
         self.tma = config.tma and not config.rows.swap
         self.expert, self.row = tile_table(self.offsets, order.shape[0], self.shape.rows)
         self.count = self.expert.shape[0]
 
-    def multiply(self, a, b, out, part, gather, weights=None, hidden=None, partial=None):
-        """out = part(a_r @ b_e), b (E, depth, width) of any strides. Returns ``out``."""
+    def multiply_and_sum(self, a, b, weights, weighted):
+        """The sum of each token's slots of a_r @ b_e, (T, width) in the dtype of a."""
+        slots, width = a.shape[0], b.shape[2]
+        columns = columns_at_once(slots, width, a.element_size(), self.shape.columns,
+                                  self.slot_bytes)  # fmt: skip
+        return in_passes(
+            a.new_empty(slots, columns), a.new_empty(weights.shape[0], width),
+            lambda rows, first: self.multiply(a, b, rows, "slots", False, first=first),
+            lambda rows, out: slot_sum(rows, weights, out, weighted),
+        )  # fmt: skip
+
+    def multiply(self, a, b, out, part, gather, weights=None, hidden=None, partial=None, first=0):
+        """out = part(a_r @ b_e), its columns from ``first`` on; b (E, depth, width) of any
+        strides. Returns ``out``."""
         depth, width = b.shape[1:]
-        shape, slots = self.shape, self.order.shape[0]
-        grid = (self.count * cdiv(width, shape.columns),)
+        shape, slots, columns = self.shape, self.order.shape[0], out.shape[1]
+        grid = (self.count * cdiv(columns, shape.columns),)
         if not grid[0]:
             return out
         k_inner = b.stride(1) == 1
@@ -325,8 +343,8 @@ class _Tiles:
             b_arg = TensorDescriptor.from_tensor(b_rows.view(-1, b_rows.shape[2]), block)
         moe_experts_rows_kernel[grid](
             a_arg, b_arg, out, self.order, self.offsets, self.expert, self.row, weights, hidden,
-            partial, width, depth, slots, self.top_k, a.stride(0), b.stride(0), b.stride(2),
-            b.stride(1), PART=part, GATHER=gather, TMA_A=tma_a, TMA_B=tma,
+            partial, first, columns, width, depth, slots, self.top_k, a.stride(0), b.stride(0),
+            b.stride(2), b.stride(1), PART=part, GATHER=gather, TMA_A=tma_a, TMA_B=tma,
             K_INNER=k_inner, EVEN_K=depth % shape.depth == 0, SWAP=shape.swap, BLOCK_M=shape.rows,
             BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
             num_stages=shape.num_stages,
@@ -350,15 +368,14 @@ def _weight_grad(a, b, like, weights, offsets, order, shape, down):
 
 
 def slot_sum(slots, weights, out, weighted=True):
-    """The sum of each token's slots (R, X), weighted or plain. Returns ``out``."""
+    """The sum of each token's slots (R, X), weighted or plain; rows of out may lie apart."""
     tokens, width = out.shape
     block = min(_triton.next_power_of_2(width), 2048)
     if out.numel():
         moe_experts_slot_sum_kernel[(tokens, cdiv(width, block))](
-            slots, weights, out, width, HAS_WEIGHTS=weighted, TOP_K=weights.shape[1], BLOCK=block,
-            num_warps=min(max(block // 256, 1), 8),
+            slots, weights, out, width, out.stride(0), HAS_WEIGHTS=weighted,
+            TOP_K=weights.shape[1], BLOCK=block, num_warps=min(max(block // 256, 1), 8),
         )  # fmt: skip
-    return out
 
 
 def takes_tma(t: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from nemokernels import _triton
 from nemokernels._tl import offset64, squared_relu, to_fp8
 from nemokernels._triton import cdiv
 from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_rows, tile_table
+from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 
 E4M3 = torch.float8_e4m3fn
 
@@ -31,6 +32,8 @@ def moe_experts_fp8_kernel(
     offsets_ptr,
     expert_ptr,
     row_ptr,
+    first_column,
+    columns,
     slots,
     width,
     depth,
@@ -45,17 +48,20 @@ def moe_experts_fp8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One tile of a_r @ b_e^T. UP: a has a row per token and its scale one or one per token, the
-    # result is squared and quantised; else a is the hidden layer, under its expert's scale, and the
-    # result goes to its slot. b_e has one scale or one per column of the result.
-    blocks_n = tl.cdiv(width, BLOCK_N)
+    # One tile of a_r @ b_e^T (width); the result has so many columns of it from the first one on.
+    # UP: a has a row per token and its scale one or one per token, the result is squared and
+    # quantised; else a is the hidden layer, under its expert's scale, and the result goes to its
+    # slot. b_e has one scale or one per column of the result.
+    blocks_n = tl.cdiv(columns, BLOCK_N)
     tile, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     expert = tl.load(expert_ptr + tile)
     if expert < 0:
         return
     row, inside, slot = tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M)
     a_row = slot // top_k if UP else tl.where(inside, row, 0)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = first_column + block_n * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + (offset64(a_row, stride_a)[:, None] + k[None, :])
     if not TMA:
@@ -68,7 +74,7 @@ def moe_experts_fp8_kernel(
         else:
             a = tl.load(a_ptrs, mask=(k < depth - start)[None, :], other=0.0)
         if TMA:
-            b = b_ptr.load([expert * width + block_n * BLOCK_N, start]).T
+            b = b_ptr.load([expert * width + first_n, start]).T
         elif EVEN_K:
             b = tl.load(b_ptrs)
         else:
@@ -83,7 +89,7 @@ def moe_experts_fp8_kernel(
         acc *= tl.load(b_scale_ptr + at, mask=n < width, other=0.0)[None, :]
     else:
         acc *= tl.load(b_scale_ptr + expert)
-    mask = inside[:, None] & (n < width)[None, :]
+    mask = inside[:, None] & (out_n < columns)[None, :]
     hidden_scale = tl.load(hidden_scale_ptr + expert)
     if UP:
         if SCALE_PER_ROW:
@@ -92,10 +98,10 @@ def moe_experts_fp8_kernel(
             acc *= tl.load(a_scale_ptr)
         acc = squared_relu(acc) * tl.div_rn(1.0, hidden_scale)
         out = to_fp8(acc, 448.0, tl.float8e4nv)
-        at = offset64(row, width)[:, None] + n[None, :]
+        at = offset64(row, columns)[:, None] + out_n[None, :]
     else:
         out = (acc * hidden_scale).to(out_ptr.dtype.element_ty)
-        at = offset64(slot, width)[:, None] + n[None, :]
+        at = offset64(slot, columns)[:, None] + out_n[None, :]
     tl.store(out_ptr + at, out, mask=mask)
 
 
@@ -108,12 +114,11 @@ def forward(
     slots, tile = order.shape[0], config.rows
     table = tile_table(offsets, slots, tile.rows)
     hidden = x.new_empty(slots, up.shape[1])
-    out = x.new_empty((slots, down.shape[1]), dtype=dtype)
 
-    def product(a, a_scale, b, b_scale, out, is_up):
+    def product(a, a_scale, b, b_scale, out, is_up, first=0):
         a, b = a.contiguous().view(E4M3), b.contiguous().view(E4M3)
-        experts, width, depth = b.shape
-        grid = (table[0].shape[0] * cdiv(width, tile.columns),)
+        (_, width, depth), columns = b.shape, out.shape[1]
+        grid = (table[0].shape[0] * cdiv(columns, tile.columns),)
         if not grid[0]:
             return
         tma = config.tma and takes_tma(b)
@@ -122,7 +127,7 @@ def forward(
             b_arg = TensorDescriptor.from_tensor(b.view(-1, depth), [tile.columns, tile.depth])
         moe_experts_fp8_kernel[grid](
             a, a_scale, b_arg, b_scale.contiguous(), hidden_scale, out, order, offsets, *table,
-            slots, width, depth, weights.shape[1], a.stride(0), UP=is_up,
+            first, columns, slots, width, depth, weights.shape[1], a.stride(0), UP=is_up,
             SCALE_PER_ROW=a_scale.numel() != 1, SCALE_PER_COLUMN=b_scale.dim() == 2, TMA=tma,
             EVEN_K=depth % tile.depth == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             BLOCK_K=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -130,8 +135,13 @@ def forward(
 
     hidden_scale = hidden_scale.contiguous()
     product(x, x_scale.contiguous(), up, up_scale, hidden.view(E4M3), True)
-    product(hidden, hidden_scale, down, down_scale, out, False)
-    return slot_sum(out, weights, out.new_empty(x.shape))
+    width, unit = x.shape[1], tile.columns
+    columns = columns_at_once(slots, width, dtype.itemsize, unit, config.slot_bytes)
+    return in_passes(
+        x.new_empty((slots, columns), dtype=dtype), x.new_empty(x.shape, dtype=dtype),
+        lambda rows, first: product(hidden, hidden_scale, down, down_scale, rows, False, first),
+        lambda rows, out: slot_sum(rows, weights, out),
+    )  # fmt: skip
 
 
 def specialisations():

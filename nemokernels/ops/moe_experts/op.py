@@ -10,6 +10,7 @@ import torch
 from nemokernels import _backends, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts import ref
+from nemokernels.ops.moe_experts.passes import SLOT_BYTES
 
 FAMILY = family("moe_experts", {"triton": _triton.reason})
 
@@ -33,6 +34,7 @@ class Config:
     """Which backend runs, its tiles over rows and for weight gradients; why not Triton if not.
 
     ``tma``: operands whose layout allows it are loaded by the tensor memory accelerator.
+    ``slot_bytes``: the most that the results of all slots take at a time; see passes.py.
     """
 
     backend: str
@@ -40,6 +42,7 @@ class Config:
     weights: Tile | None = None
     tma: bool = False
     reason: str = ""
+    slot_bytes: int = SLOT_BYTES
 
 
 def plan(

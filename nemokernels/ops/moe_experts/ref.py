@@ -11,7 +11,7 @@ with one cast at the end. The forward keeps hidden alone: relu(a) is its square 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.nn.functional import linear
@@ -118,9 +118,15 @@ def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
 
 def slot_sum(slots: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """sum_j weights[:, j] * slots[:, j] (T, k, X) -> (T, X), in the order of j, rounded once."""
-    acc = acc_dtype(slots)
-    total = slots.new_zeros((slots.shape[0], slots.shape[2]), dtype=acc)
-    for j in range(slots.shape[1]):
-        part = slots[:, j].to(acc)
-        total += part if weights is None else part * weights[:, j, None].to(acc)
-    return total.to(slots.dtype)
+    return sum_of(slots.unbind(1), weights, slots.dtype)
+
+
+def sum_of(
+    parts: Iterable[torch.Tensor], weights: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """sum_j weights[:, j] * parts_j, each (T, X), in the order of j, rounded once to ``dtype``."""
+    acc, total = acc_dtype(dtype), 0.0
+    for j, part in enumerate(parts):
+        part = part.to(acc)
+        total = total + (part if weights is None else part * weights[:, j, None].to(acc))
+    return total.to(dtype)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from nemokernels.ops.moe_experts.ref import segments, slot_sum
+from nemokernels.ops.moe_experts.passes import SLOT_BYTES, columns_at_once
+from nemokernels.ops.moe_experts.ref import segments, sum_of
 from nemokernels.ops.nvfp4 import ref as nvfp4
 
 TILE = 128  # rows that share a tile of scales
@@ -52,19 +53,23 @@ def grouped_product(
     offsets: torch.Tensor,
     squared_relu: bool,
     dtype: torch.dtype | None = None,
+    first: int = 0,
+    columns: int | None = None,
 ) -> torch.Tensor:
     """alpha_e * a_r @ b_e^T for the rows r of every expert e, relu(.)**2 of it if asked; (R, N).
 
-    a_scales are those of :func:`group_scales`, offsets the end of each expert's rows.
+    a_scales are those of :func:`group_scales`, offsets the end of each expert's rows. Of the N
+    columns so many from ``first``, a multiple of 128, on.
     """
-    acc = alpha.dtype
-    out = a.new_zeros((a.shape[0], b.shape[1]), dtype=dtype or out_dtype(alpha))
-    first = 0
+    acc, columns = alpha.dtype, b.shape[1] if columns is None else columns
+    b, b_scales = b[:, first : first + columns], b_scales[:, first:]
+    out = a.new_zeros((a.shape[0], columns), dtype=dtype or out_dtype(alpha))
+    tile = 0
     for e, r in segments(offsets):
         tiles = -(-(r.stop - r.start) // TILE) * TILE
-        y = _linear(a[r], a_scales[first : first + tiles], b[e], b_scales[e], acc) * alpha[e]
+        y = _linear(a[r], a_scales[tile : tile + tiles], b[e], b_scales[e], acc) * alpha[e]
         out[r] = (y.relu().square() if squared_relu else y).to(out.dtype)
-        first += tiles
+        tile += tiles
     return out
 
 
@@ -124,9 +129,12 @@ def experts(
 
 def compose(
     multiply, x, x_scale, up, up_scales, up_scale_2, hidden_scale, down, down_scales, down_scale_2,
-    weights, offsets, order, quantize=nvfp4.quantize,
+    weights, offsets, order, quantize=nvfp4.quantize, slot_bytes=SLOT_BYTES,
 ) -> torch.Tensor:  # fmt: skip
-    """:func:`experts` with the grouped product and the quantiser that are given."""
+    """:func:`experts` with the grouped product and the quantiser that are given.
+
+    Rows that leave the down projection take at most ``slot_bytes`` at a time.
+    """
     slot = order.long()
     codes, scales, scale_2 = quantize(x, LARGEST * x_scale.float().reshape(()), 1, None, 0, False)
     token = slot // weights.shape[1]
@@ -138,8 +146,16 @@ def compose(
     expert = expert_of(slot.numel(), offsets)
     codes, scales, scale_2 = quantize(hidden, amax[expert], 1, None, 0, False)
     alpha = down_scale_2.to(acc) * nvfp4.global_scale(amax).to(acc)
-    rows = multiply(codes, group_scales(scales, offsets), down, down_scales, alpha, offsets, False,
-                    x.dtype)  # fmt: skip
-    out = torch.empty_like(rows)
-    out[slot] = rows
-    return slot_sum(out.view(*weights.shape, x.shape[1]), weights)
+    scales, width = group_scales(scales, offsets), x.shape[1]
+    row_of = torch.empty_like(slot)  # the row of each slot
+    row_of[slot] = torch.arange(slot.numel(), device=slot.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    columns = columns_at_once(slot.numel(), width, x.element_size(), TILE, slot_bytes)
+    for first in range(0, width, columns):
+        here = min(columns, width - first)
+        rows = multiply(codes, scales, down, down_scales, alpha, offsets, False, x.dtype, first,
+                        here)  # fmt: skip
+        choices = (rows[place] for place in row_of.view(weights.shape).unbind(1))
+        y[:, first : first + here] = sum_of(choices, weights, x.dtype)
+        del rows  # its memory is the next one's
+    return y

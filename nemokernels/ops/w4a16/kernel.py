@@ -20,6 +20,7 @@ from nemokernels import _triton
 from nemokernels._tl import e4m3_value, offset64, squared_relu
 from nemokernels._triton import as_rows, cdiv
 from nemokernels.ops.moe_experts.kernel import slot_sum, tile_rows, tile_table
+from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 from nemokernels.ops.w4a16 import native
 
 
@@ -73,6 +74,8 @@ def w4a16_kernel(
     offsets_ptr,
     expert_ptr,
     row_ptr,
+    first_column,
+    columns,
     rows,
     width,
     depth,
@@ -84,9 +87,10 @@ def w4a16_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One tile of w (width, depth) times rows of x. PART: "plain" has one weight; "up" squares,
-    # "slots" puts a row where its slot is. GATHER: x has a row per token.
-    blocks_n = tl.cdiv(width, BLOCK_N)
+    # One tile of w (width, depth) times rows of x; the result has so many columns (rows of w) from
+    # the first one on, a multiple of 16. PART: "plain" has one weight; "up" squares, "slots" puts a
+    # row where its slot is. GATHER: x has a row per token.
+    blocks_n = tl.cdiv(columns, BLOCK_N)
     block_m, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     if PART == "plain":
         expert = 0
@@ -103,7 +107,8 @@ def w4a16_kernel(
         )
         x_row = slot // top_k if GATHER else tl.where(inside, row, 0)
     tiles, units = tl.cdiv(width, 16), tl.cdiv(depth, 64)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_column + out_n
     n_inside = n < tiles * 16
     tile = tl.where(n_inside, n // 16, 0) * units
     codes_ptr += offset64(expert, tiles * units) * 512
@@ -123,8 +128,8 @@ def w4a16_kernel(
     acc *= tl.load(global_ptr + expert) * 128.0
     if PART == "up":
         acc = squared_relu(acc)
-    at = offset64(slot if PART == "slots" else row, width)[:, None] + n[None, :]
-    mask = inside[:, None] & (n < width)[None, :]
+    at = offset64(slot if PART == "slots" else row, columns)[:, None] + out_n[None, :]
+    mask = inside[:, None] & (out_n < columns)[None, :]
     tl.store(out_ptr + at, tl.trans(acc).to(dtype), mask=mask)
 
 
@@ -204,12 +209,17 @@ def experts(
     down = down_codes, down_scales, down_global_scale
     x, weights = as_rows(x), weights.contiguous()
     table = _Table(offsets, order, weights.shape[1], config)
-    hidden = x.new_empty(order.shape[0], width)
-    out = x.new_empty(order.shape[0], x.shape[1])
-    if out.numel():
-        _product(x, up, hidden, "up", config, table)
-        _product(hidden, down, out, "slots", config, table)
-    return slot_sum(out, weights, x.new_empty(x.shape))
+    hidden, y = x.new_empty(order.shape[0], width), x.new_empty(x.shape)
+    if not y.numel():
+        return y
+    _product(x, up, hidden, "up", config, table)
+    slots, size, unit = order.shape[0], x.element_size(), config.tile.columns
+    columns = columns_at_once(slots, x.shape[1], size, unit, config.slot_bytes)
+    return in_passes(
+        x.new_empty(slots, columns), y,
+        lambda rows, first: _product(hidden, down, rows, "slots", config, table, first),
+        lambda rows, out: slot_sum(rows, weights, out),
+    )  # fmt: skip
 
 
 class _Table:
@@ -220,24 +230,26 @@ class _Table:
         self.tiles = tile_table(self.offsets, order.shape[0], config.tile.rows)
 
 
-def _product(x, weight, out, part, config, table=None):
-    """out = part(x_r @ w_e), weight (codes, scales, global scale) in tiles."""
+def _product(x, weight, out, part, config, table=None, first=0):
+    """out = part(x_r @ w_e), weight (codes, scales, global scale) in tiles; its columns from
+    ``first`` on."""
     codes, scales, scale_2 = (t.contiguous() for t in weight)
-    rows, width = out.shape
-    tile, depth = config.tile, x.shape[1]
+    rows, columns = out.shape
+    tile, depth, width = config.tile, x.shape[1], codes.shape[-4] * 16
     tiles = cdiv(rows, tile.rows) if table is None else table.tiles[0].shape[0]
-    if not width:
+    if not columns:
         return
     route = (None,) * 4 if table is None else (table.order, table.offsets, *table.tiles)
     top_k = 1 if table is None else table.top_k
     if config.backend == "csrc":
-        native.product(_aligned(x), codes, scales, scale_2, *route, top_k, part, tile.rows, out)
+        native.product(_aligned(x), codes, scales, scale_2, *route, top_k, part, tile.rows, out,
+                       first)  # fmt: skip
         return
     whole = cdiv(depth, 64) % (tile.depth // 64) == 0
-    w4a16_kernel[(tiles * cdiv(width, tile.columns),)](
-        x, codes, scales, scale_2, out, *route, rows, width, depth, top_k, x.stride(0),
-        PART=part, GATHER=part == "up", BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth if whole else 64, num_warps=tile.num_warps,
+    w4a16_kernel[(tiles * cdiv(columns, tile.columns),)](
+        x, codes, scales, scale_2, out, *route, first, columns, rows, width, depth, top_k,
+        x.stride(0), PART=part, GATHER=part == "up", BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=tile.depth if whole else 64, num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
 

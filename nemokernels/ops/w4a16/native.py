@@ -12,21 +12,22 @@ ROWS = (8, 16, 32)  # of x per block
 _product = _ext.define(
     "w4a16_product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Tensor? order, "
     "Tensor? offsets, Tensor? tile_expert, Tensor? tile_row, int top_k, int part, int rows, "
-    "Tensor(a!) out) -> ()"
+    "int first, Tensor(a!) out) -> ()"
 )
 
 
 def product(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, scale_2: torch.Tensor,
     order: torch.Tensor | None, offsets: torch.Tensor | None, expert: torch.Tensor | None,
-    row: torch.Tensor | None, top_k: int, part: str, rows: int, out: torch.Tensor,
+    row: torch.Tensor | None, top_k: int, part: str, rows: int, out: torch.Tensor, first: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """out (R, N) = part(x_r @ w_e^T) for bfloat16 or float16 x with rows aligned to 16 bytes.
+    """out = part(x_r @ w_e^T) for bfloat16 or float16 x with rows aligned to 16 bytes.
 
+    out (R, N) has the columns from ``first``, a multiple of 16, on.
     ``part``: "plain" has one weight and as many rows of x as of out; "up" takes the row of x of a
     row's token and squares what is positive; "slots" puts a row where its slot is. ``expert`` and
     ``row`` are the table of tiles of ``rows`` rows.
     """
     _product(x, codes, scales, scale_2, order, offsets, expert, row, top_k, PARTS.index(part),
-             rows, out)  # fmt: skip
+             rows, first, out)  # fmt: skip
     return out

@@ -9,6 +9,7 @@ import torch
 from nemokernels import _backends, _ext, _triton
 from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts.op import MOST_EXPERTS, Tile
+from nemokernels.ops.moe_experts.passes import SLOT_BYTES
 from nemokernels.ops.nvfp4.ref import quantize_weight
 from nemokernels.ops.w4a16 import ref
 
@@ -26,11 +27,13 @@ FAMILY = family("w4a16", {"csrc": _native, "triton": _triton.reason})
 @dataclass(frozen=True)
 class Config:
     """Which backend runs and its tile: ``rows`` of x, ``columns`` of the result (rows of the
-    weight), ``depth``; csrc chooses the last two itself. Why neither, if the reference runs."""
+    weight), ``depth``; csrc chooses the last two itself. Why neither, if the reference runs.
+    ``slot_bytes``: the most that the results of all slots take at a time."""
 
     backend: str
     tile: Tile | None = None
     reason: str = ""
+    slot_bytes: int = SLOT_BYTES
 
 
 def plan(

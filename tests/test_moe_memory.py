@@ -1,0 +1,191 @@
+"""What the launchers of the experts allocate for the models' layers at full size; their passes.
+
+Kernels do not run: the tensors are on the meta device, where sizes are all there is.
+"""
+
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nemokernels.ops.moe_experts import op
+from nemokernels.ops.moe_experts.passes import SLOT_BYTES, columns_at_once, in_passes
+from nemokernels.ops.moe_route.ref import group_rows
+from nemokernels.ops.nvfp4_gemm import op as nvfp4_gemm
+from nemokernels.ops.nvfp4_gemm import ref as nvfp4_ref
+from nemokernels.ops.w4a16 import op as w4a16
+
+triton = pytest.importorskip("triton", reason="no Triton, no kernels")
+BF16 = torch.bfloat16
+MODELS = {"nano3": (128, 6, 2688, 1856), "super3": (512, 22, 1024, 2688),
+          "ultra": (512, 22, 2048, 5120)}  # fmt: skip
+
+
+class Allocations(TorchDispatchMode):
+    """Follows the memory of tensors that are made inside: bytes at most, and of the largest."""
+
+    def __enter__(self):
+        self.live, self.peak, self.sizes, self.known = 0, 0, [], weakref.WeakSet()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {}))
+                 if isinstance(t, torch.Tensor)}  # fmt: skip
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                self._made(t.untyped_storage())
+        return out
+
+    def _made(self, storage):
+        size = storage.nbytes()
+        self.live += size
+        self.sizes.append(size)
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size):
+        self.live -= size
+
+
+def follow(function):
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda *_, **__: None):
+        with Allocations() as seen:
+            out = function()
+    del out
+    return seen
+
+
+def meta(*shape, dtype=BF16):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def layer(name, tokens):
+    E, k, X, F = MODELS[name]
+    route = meta(tokens, k, dtype=torch.float32), meta(E, dtype=torch.int32)
+    return (meta(tokens, X), meta(E, F, X), meta(E, X, F), *route,
+            meta(tokens * k, dtype=torch.int32))  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [8, 1024, 16384, 65536])
+@pytest.mark.parametrize("name", MODELS)
+def test_unquantised(name, tokens):
+    """Forward: hidden and y. Backward: gradients of hidden, x, the matrices and the weights. Beside
+    them the rows of some columns, and tables of a few bytes per slot."""
+    from nemokernels.ops.moe_experts import kernel
+
+    E, k, X, F = MODELS[name]
+    args, slots = layer(name, tokens), tokens * k
+    hidden = meta(slots, F)
+    for backward in (False, True):
+        config = op.plan(slots, E, BF16, backward, "", ("triton",), (9, 0))
+        if backward:
+            seen = follow(lambda: kernel.backward(args[0], *args, hidden, config))  # noqa: B023
+            partial = 4 * slots * -(-F // config.rows.columns)
+            wanted = sum(t.nbytes for t in (*args[:3], args[3], hidden)) + partial
+        else:
+            seen = follow(lambda: kernel.forward(*args, config))  # noqa: B023
+            wanted = args[0].nbytes + hidden.nbytes
+        held = seen.peak - wanted
+        assert held <= max(SLOT_BYTES, slots * config.rows.columns * 2) + 8 * slots + 16 * E
+        copy = slots * X * 2
+        assert copy <= SLOT_BYTES or held < copy - 16 * E, "a copy of x per slot"
+
+
+def byte(*shape):
+    return meta(*shape, dtype=torch.uint8)
+
+
+def nvfp4_tiles(E, rows, columns):
+    tiles = (E, rows // 16, -(-columns // 64), 16)
+    return byte(*tiles, 32), byte(*tiles, 4), meta(E, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", ["fp8", "w4a16"])
+def test_quantised(name, form):
+    from nemokernels.ops.moe_experts import kernel_fp8
+    from nemokernels.ops.w4a16 import kernel as kernel_w4a16
+
+    E, k, X, F = MODELS[name]
+    tokens, (x, *_, weights, offsets, order) = 16384, layer(name, 16384)
+    route, slots, scale = (weights, offsets, order), tokens * k, meta(E, dtype=torch.float32)
+    if form == "fp8":
+        args = (byte(tokens, X), scale[:1], byte(E, F, X), scale, scale, byte(E, X, F), scale)
+        config = op.plan_fp8(slots, E, "", ("triton",), (9, 0))
+        seen = follow(lambda: kernel_fp8.forward(*args, *route, dtype=BF16, config=config))
+    else:
+        args = (x, *nvfp4_tiles(E, F, X), *nvfp4_tiles(E, X, F), F)
+        config = w4a16.plan(slots, E, BF16, "", ("triton",))
+        seen = follow(lambda: kernel_w4a16.experts(*args, *route, config=config))
+    hidden = slots * F * (1 if form == "fp8" else 2)
+    held = seen.peak - hidden - x.nbytes
+    assert 0 < held <= SLOT_BYTES + 8 * slots + 16 * E
+    assert held < slots * X * 2 - 16 * E
+
+
+def test_a_pass_that_is_too_wide_is_seen():
+    """The same accounting, told to hold everything at once."""
+    from nemokernels.ops.moe_experts import kernel
+
+    args, (_, k, X, F) = layer("super3", 16384), MODELS["super3"]
+    config = op.Config("triton", op.Tile(128, 256, 64, 8, 4), None, True, slot_bytes=2**40)
+    seen = follow(lambda: kernel.forward(*args, config))
+    assert seen.peak > args[0].nbytes + 16384 * k * (F + X) * 2
+
+
+def test_columns_at_once():
+    of = lambda slots, width, unit=256, most=SLOT_BYTES: columns_at_once(  # noqa: E731
+        slots, width, 2, unit, most
+    )
+    assert of(8 * 6, 2688) == 2816  # whole tiles, one pass
+    assert of(16384 * 6, 2688) == 1536  # two passes: 6 and 5 tiles
+    assert of(16384 * 22, 1024) == 512 and of(16384 * 22, 2048) == 512
+    assert of(65536 * 22, 1024) == 256  # never less than a tile
+    assert of(0, 2688) == 2816 and of(48, 0) == 256 and of(48, 10) == 256
+    assert of(100, 640, 64, 100 * 2 * 64 * 4) == 256  # 10 tiles, up to 4 at a time: 4, 4, 2
+    for slots, width, unit, most in ((7, 100, 16, 700), (50, 2688, 64, 64000), (1, 33, 32, 1)):
+        columns = of(slots, width, unit, most)
+        assert columns % unit == 0 and (columns == unit or slots * columns * 2 <= most)
+        fewer = -(-width // columns) - 1  # passes
+        assert fewer == 0 or slots * -(-width // (fewer * unit)) * unit * 2 > most
+
+
+def test_passes_cover_every_column_once():
+    source = torch.randn(6, 100)
+    out, widths = torch.full((3, 100), torch.nan), []
+
+    def multiply(rows, first):
+        assert rows.is_contiguous()
+        rows.copy_(source[:, first : first + rows.shape[1]])
+        widths.append(rows.shape[1])
+
+    def add(rows, out):
+        out.copy_(rows.view(3, 2, -1).sum(1))
+
+    rows = torch.empty(6, 48)
+    assert in_passes(rows, out, multiply, add) is out
+    assert widths == [48, 48, 4] and torch.equal(out, source.view(3, 2, 100).sum(1))
+
+
+def test_nvfp4_activations_in_passes():
+    """The composition around the block-scaled product: the same bits, and columns bounded."""
+    make, cpu = nvfp4_gemm._example_experts_weights, torch.device("cpu")
+    up, down, scale = make(cpu, 96, 320), make(cpu, 320, 96), torch.full((1,), 3 / 2688)
+    x, chosen = torch.randn(9, 320).bfloat16(), torch.rand(9, 4).argsort(1)[:, :2]
+    _, offsets, order = group_rows(chosen, 4)
+    args = (x, scale, *up, scale.expand(4), *down, torch.rand(9, 2), offsets, order)
+    made = []
+
+    def product(*args):
+        made.append(nvfp4_ref.grouped_product(*args))
+        return made[-1]
+
+    few, all_ = (
+        nvfp4_ref.compose(product, *args, slot_bytes=most) for most in (18 * 128 * 2, 2**40)
+    )
+    assert torch.equal(few, all_) and few.any()
+    assert [t.shape[1] for t in made] == [96, 128, 128, 64, 96, 320]
