@@ -1,8 +1,9 @@
 """Sigmoid, SiLU and softplus of the references.
 
-Spelt out because torch's own round the scalar tail of a vector differently from its body, so that
-a token's bits would depend on where it lies in its batch; ``exp`` and ``log1p`` do not. For code
-with an explicit backward: autograd through them gives NaN where exp overflows.
+They are spelt out because torch's own versions round the scalar tail of a vector differently from
+its body, so that a token's bits would depend on its place in the batch; ``exp`` and ``log1p`` do
+not. They are meant for code with an explicit backward: autograd through them gives NaN where exp
+overflows.
 """
 
 from __future__ import annotations
@@ -23,5 +24,5 @@ def silu(v: torch.Tensor) -> torch.Tensor:
 
 
 def softplus(v: torch.Tensor) -> torch.Tensor:
-    """log(1 + exp(v)), v itself above the threshold."""
+    """log(1 + exp(v)); above the threshold, v itself."""
     return torch.where(v > SOFTPLUS_THRESHOLD, v, v.exp().log1p())

@@ -11,7 +11,7 @@ from nemokernels import _selftest
 from nemokernels._registry import FAMILIES
 
 REFERENCE = "reference"
-_forced: dict[str, str] = {}  # the process's: autograd runs a GPU's backward in its own thread
+_forced: dict[str, str] = {}  # process-wide: autograd runs a GPU's backward in another thread
 
 
 def default_device() -> torch.device:
@@ -59,7 +59,8 @@ def backends(device: torch.device | str | None = None) -> dict[str, dict]:
 def use_backend(family: str, name: str, device: torch.device | str | None = None) -> Iterator[None]:
     """Use exactly this backend of ``family`` inside the block, for tests, the bench and debugging.
 
-    It holds for all threads of the process: a backward on a GPU runs in one of autograd's.
+    It holds for all threads of the process, because autograd runs a GPU's backward in a thread of
+    its own.
 
     Raises:
         ValueError: no such family or backend.

@@ -1,8 +1,8 @@
 """Compiling csrc/ with nvcc: used by setup.py and by ``nemokernels build``.
 
-Needs no torch at import, and of torch only its headers and library folder when it compiles. The
-result is one shared library against torch's stable C++ ABI, good for torch 2.11 and later and for
-every Python.
+Importing this module does not import torch; compiling needs torch's headers and library folder. The
+result is one shared library against torch's stable C++ ABI, which works with torch 2.11 and later
+and with every Python.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def cache_dir() -> Path:
 
 @functools.cache
 def source_dir() -> Path:
-    """csrc/: inside an installed package, or beside it in a source tree."""
+    """The folder csrc/: inside an installed package, or beside it in a source tree."""
     for folder in (PACKAGE / "_csrc", PACKAGE.parent / "csrc"):
         if folder.is_dir():
             return folder
@@ -51,7 +51,7 @@ def source_digest() -> str:
 
 
 def own_arch(unit: Path) -> str | None:
-    """The one architecture that a source named ``*_sm100a.cu`` is for; None: for all of them."""
+    """The one architecture a source named like ``*_sm100a.cu`` is for; None if it is for all."""
     match = re.search(r"_sm(\w+)$", unit.stem)
     return match and match.group(1)
 
@@ -70,14 +70,14 @@ def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
 
 
 def find_nvcc() -> str | None:
-    """nvcc from ``CUDA_HOME``, else from PATH."""
+    """The path of nvcc: from ``CUDA_HOME`` if that is set, else from PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
 def find_cutlass() -> Path | None:
-    """CUTLASS's headers, from the wheel nvidia-cutlass."""
-    found = importlib.util.find_spec("cutlass_library")  # finding a package runs none of it
+    """The folder of CUTLASS's headers, which the wheel nvidia-cutlass brings."""
+    found = importlib.util.find_spec("cutlass_library")  # finds the package without running it
     if found is None:
         return None
     return Path(found.submodule_search_locations[0]) / "source" / "include"
@@ -89,7 +89,7 @@ def needs_cutlass(archs: Sequence[str]) -> bool:
 
 
 def local_archs() -> list[str]:
-    """Architectures of the GPUs torch sees here, in the form nvcc wants."""
+    """Architectures of the GPUs that torch sees here, spelt as nvcc wants them."""
     import torch
 
     if not torch.cuda.is_available():
@@ -104,19 +104,21 @@ def build(
     verbose: bool = False,
     jobs: int | None = None,
 ) -> Path:
-    """Compile csrc/ and return the library's path; a library that is there already is kept.
+    """Compile csrc/ and return the library's path. A library that is already there is kept.
 
     Args:
         archs: for example ``["90a", "100a"]``; default: the GPUs of this machine.
         out: folder for the library; default: the user's cache, where the package looks.
-        verbose: print the compiler's commands and what it says of registers and spills.
-        jobs: compilers at a time; default: as many as processors. One that reads CUTLASS takes up
-            to 6 GB of memory.
+        verbose: print the compiler's commands and what it reports about registers and spills.
+        jobs: how many compilers run at a time; default: one per processor. A compiler that reads
+            CUTLASS takes up to 6 GB of memory.
 
     Raises:
-        ValueError: an architecture the sources are not meant for, or none given and no GPU here.
-        FileNotFoundError: no nvcc, or no CUTLASS headers where a source needs them.
-        RuntimeError: the compiler failed; the message is what it printed.
+        ValueError: an architecture that the sources do not support, or none was given and there is
+            no GPU here.
+        FileNotFoundError: there is no nvcc, or a source needs CUTLASS's headers and they are
+            absent.
+        RuntimeError: the compiler failed; the message is its output.
     """
     archs = sorted(set(archs or local_archs()), key=lambda a: (len(a), a))
     if not archs:
@@ -149,12 +151,12 @@ def build(
 def compile_unit(
     unit: Path, archs: Sequence[str], nvcc: str, verbose: bool = False
 ) -> tuple[Path, str]:
-    """Object file of a source, kept under the hash of all that went into it; ptxas' report."""
-    import torch  # only for where its headers are
+    """Compile a source, or take it from the cache; return its object file and ptxas' report."""
+    import torch  # only to find its headers
 
     include = Path(torch.__file__).parent / "include"
     own, headers = own_arch(unit), []
-    codes = [f"-DNEMO_SM{arch.upper()}" for arch in archs]  # whose sources are in the library
+    codes = [f"-DNEMO_SM{arch.upper()}" for arch in archs]  # tells sources which others are linked
     for arch in (own,) if own else archs:
         codes.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
     words = [*FLAGS, *codes, torch.__version__, _run([nvcc, "--version"])]
@@ -179,10 +181,10 @@ def compile_unit(
 
 
 def build_host(out: str | os.PathLike) -> Path:
-    """The same kernels as loops over blocks and threads on the CPU, to test them without a GPU.
+    """Build the kernels as loops over blocks and threads on the CPU, to test them without a GPU.
 
-    Implements nemokernels_C for CPU tensors. Undefined behaviour ends the process; a GPU would go
-    on with whatever it computed.
+    Implements nemokernels_C for CPU tensors. Undefined behaviour ends the process, where a GPU
+    would carry on with whatever it computed.
     """
     import torch
 
@@ -225,8 +227,9 @@ def _link(objects: Sequence[Path], library: Path, work: Path, nvcc: str, verbose
 
     folders = [Path(torch.__file__).parent / "lib"]
     if not (folders[0] / "libtorch_cuda.so").exists():
-        # A CPU build of torch has nothing to link against; the name is enough, and without the
-        # name in the library's list of needs it does not load where torch has CUDA.
+        # A CPU build of torch has no libtorch_cuda to link against, so an empty library of that
+        # name stands in. The name must be among the library's dependencies, or it does not load
+        # where torch has CUDA.
         stub = work / "libtorch_cuda.so"
         _run(["c++", "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(stub)], verbose)
         folders.append(work)

@@ -1,4 +1,4 @@
-"""Argument checks: every message names function, argument, what it got and what it wants."""
+"""Argument checks. Every message names function, argument, what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_tensor(
 
 
 def check_unshared(where: str, name: str, value: torch.Tensor) -> None:
-    """Raise ``ValueError`` if elements of a tensor that is written to share memory (``expand``)."""
+    """Raise ``ValueError`` if elements of ``value`` share memory (``expand``): it is written to."""
     shared = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape))
     check(where, not shared, "elements of `{}` share memory (strides {}), expected memory of their "
           "own, as they are written to", name, value.stride())  # fmt: skip

@@ -1,9 +1,9 @@
-"""What an op must at least move and multiply, and how long that takes: the floor of its time.
+"""The least that an op must move and multiply, and how long that takes: the floor of its time.
 
-Every op folder has a ``cost.py`` whose functions count one call. Bytes are those that any
-implementation reads or writes once: inputs, outputs, states; nothing that could stay on the chip
-between two steps. Small per-channel parameters (biases, scales, norm weights) are left out.
-Flops are those of matrix products alone, two per multiply-add; the rest runs beside the loads.
+Every op folder has a ``cost.py`` whose functions count one call. Bytes count what any
+implementation must read or write once: inputs, outputs and states, but nothing that could stay on
+the chip between two steps, and no small per-channel parameters (biases, scales, norm weights).
+Flops count matrix products alone, two per multiply-add; all other arithmetic can overlap the loads.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Cost:
     unit: str = "bfloat16"
 
     def floor(self, copy: float, gemm: Mapping[str, float]) -> float:
-        """Seconds: ``max(bytes / copy, flops / gemm[unit])``, ceilings in bytes and flops per s.
+        """Seconds: ``max(bytes / copy, flops / gemm[unit])``; the ceilings are per second.
 
         Raises:
-            ValueError: there are flops and no ceiling for their unit.
+            ValueError: there are flops, but no ceiling for their unit.
         """
         if not self.flops:
             return self.bytes / copy

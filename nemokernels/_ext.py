@@ -1,7 +1,7 @@
-"""The compiled library of csrc/: where it is, whether it fits, and loading it when first needed.
+"""The compiled library of csrc/: where it is, whether it fits the device, and how it is loaded.
 
-C++ implements operators of the namespace ``nemokernels_C``; their schemas are defined here, through
-:func:`define`, so that a machine without the library still knows them.
+C++ implements the operators of the namespace ``nemokernels_C``. Their schemas are declared in
+Python, through :func:`define`, so that they exist on a machine without the library too.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def find() -> tuple[Path | None, str | None]:
 
 
 def archs(path: Path) -> list[str]:
-    """Architectures in a library, from its name: ``_C-<digest>-90a-100a.so`` has 90a and 100a."""
+    """The architectures a library's name lists: ``_C-<digest>-90a-100a.so`` has 90a and 100a."""
     return re.fullmatch(r"_C-[0-9a-f]+-([0-9a-z-]+)\.so", path.name).group(1).split("-")
 
 
 def reason(device: torch.device) -> str | None:
-    """Why the library cannot run on ``device``; None if it can (it is loaded then)."""
+    """Why the library cannot run on ``device``; None if it can, and then it is loaded."""
     why = _triton.cuda_reason(device)
     return why or _reason_on(torch.cuda.get_device_capability(device))
 
@@ -67,7 +67,7 @@ def _reason_on(capability: tuple[int, int]) -> str | None:
 
 @functools.cache
 def load(path: Path) -> str | None:
-    """Load the library into this process; None, or why the loader refused it."""
+    """Load the library into this process; return why the loader refused it, or None."""
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -1,9 +1,9 @@
 """Philox4x32 counter-based random numbers in plain torch.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The key is a 64-bit seed, the
-counter is (low, high) of a 64-bit offset followed by two words the caller chooses (zero unless
-given), which makes the words bit-identical to Triton's ``randint4x(seed, offset)``. Because the
-words depend only on (seed, counter), any grid, batch or backend draws the same ones.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The key is a 64-bit seed. The
+counter is the low and the high word of a 64-bit offset, followed by two words the caller may choose
+(by default zero). This makes the result bit-identical to Triton's ``randint4x(seed, offset)``. It
+depends on seed and counter alone, so any grid, batch or backend draws the same numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def philox4x32(
         seed: 64-bit key, an int or an int64 tensor that broadcasts with ``offset``.
         offset: int64 tensor, the low 64 bits of the counter.
         c2, c3: the counter's upper words (32 bits each).
-        rounds: number of Philox rounds; 10 is the standard generator, 5 the shortest in use for
+        rounds: number of Philox rounds: 10 is the standard generator; 5 are the fewest in use, for
             rounding noise.
     """
     offset = offset.long()
@@ -67,7 +67,8 @@ def rounding_seed(
     """A ``seed`` argument as a one-element int64 tensor on the state's device; None stays None.
 
     Raises:
-        TypeError, ValueError: it is no 64-bit integer, or the state has no 16-bit dtype.
+        TypeError, ValueError: it is not a 64-bit integer, or the state's dtype does not have 16
+            bits.
     """
     if seed is None:
         return None
@@ -84,5 +85,5 @@ def rounding_seed(
         got = type(seed).__name__
         raise TypeError(f"{where}: `seed` must be an int or a torch.Tensor, got {got}")
     check(where, -(1 << 63) <= seed < 1 << 64, "`seed` is {}, expected a 64-bit integer", seed)
-    # A fill, not a copy from the host: it may stand in a captured CUDA graph.
+    # A fill and not a copy from the host, so that a CUDA graph can capture it.
     return state.new_full((1,), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64)

@@ -29,10 +29,10 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 @dataclass
 class Family:
-    """One folder under ``ops/``: its operators and the backends they have besides the reference.
+    """One folder under ``ops/``: its operators, and their backends besides the reference.
 
-    ``backends`` maps a backend's name to a function ``device -> reason`` that says why it cannot
-    run there, or returns None if it can. Order is preference.
+    ``backends`` maps a backend's name to a function ``device -> reason``, which says why the
+    backend cannot run there or returns None if it can. The order is that of preference.
     """
 
     name: str
@@ -82,7 +82,7 @@ def register(
         family: the op folder it belongs to.
         schema: torch schema without namespace, for example ``"relu2(Tensor x) -> Tensor"``.
         reference: plain-torch implementation; the CPU leg, the oracle, and the CUDA leg until a
-            kernel exists. It may return views or the same tensor twice; the leg copies them apart.
+            kernel exists. It may return views or the same tensor twice; the leg then makes copies.
         fake: shapes and dtypes of the outputs (contiguous), for Meta and FakeTensor.
         example: makes small valid arguments; used by the self-test and by the generic tests.
         plan, kernel: the CUDA leg of most operators. ``plan(*args)`` returns a configuration;
@@ -138,7 +138,7 @@ def _without_grad(reference: Callable) -> Callable:
             taken.add(_storage(out))
             return out
 
-        # Autocast would round the operands of every product inside, however wide the leg made them.
+        # Autocast would round the operands of every product inside, even those the leg has widened.
         with torch.no_grad(), torch._C._DisableAutocast():
             return tree_map(own, reference(*args, **kwargs))
 

@@ -1,8 +1,8 @@
 """Proof that a backend computes the right thing on this device.
 
 A backend is selected automatically only after it has reproduced the reference here. The verdict is
-kept per op and backend under a key of device, driver, torch, triton and the package's source, so an
-upgrade of any of them asks again.
+kept per op and backend, under a key of the device, the driver, torch, triton and this package's
+source, so that a change to any of them runs the self-test again.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def device_key(device: torch.device) -> str:
 def run(family: str, backend: str, device: torch.device) -> str:
     """Run every operator of ``family`` that has an example; return "passed" or what failed.
 
-    bfloat16 (float32 on CPU) inputs; the oracle is the reference in float64, the budget comes from
-    the reference in the same dtype.
+    Inputs are bfloat16 (float32 on the CPU). The oracle is the reference in float64; the error
+    budget comes from the reference in the inputs' dtype.
     """
     from nemokernels._backends import use_backend
 
@@ -87,8 +87,8 @@ def passed(family: str, backend: str, device: torch.device) -> bool:
     """Whether ``backend`` has passed here; runs the self-test if there is no verdict yet.
 
     Raises:
-        RuntimeError: no verdict, and a CUDA graph is being captured (a self-test would end up in
-            the graph). Run ``nemokernels selftest`` or one call before capturing.
+        RuntimeError: there is no verdict and a CUDA graph is being captured, which would record the
+            self-test. Run ``nemokernels selftest``, or call the op once before capturing.
     """
     verdict = _known(device).get(f"{family}/{backend}")
     if verdict is None:
@@ -102,7 +102,7 @@ def passed(family: str, backend: str, device: torch.device) -> bool:
 
 
 def why_not(family: str, backend: str, device: torch.device) -> str | None:
-    """None if the backend has passed here, else what is missing. Runs nothing."""
+    """Why the backend does not count as proven here, or None if it does. Runs nothing."""
     verdict = _known(device).get(f"{family}/{backend}", "self-test has not run on this device")
     return None if verdict == "passed" else verdict
 

@@ -11,9 +11,9 @@ from nemokernels._triton import cdiv
 
 @triton.jit
 def offset64(index, stride):
-    """``index * stride`` in 64 bits. Every offset along an axis that may be long is made by this.
+    """``index * stride`` in 64 bits, for every offset along an axis that may be long.
 
-    Both factors are 32-bit in Triton where they fit, and so would be their product.
+    In Triton both factors have 32 bits where they fit, and so would their product.
     """
     return tl.cast(index, tl.int64) * stride
 
@@ -39,12 +39,12 @@ def squared_relu(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) to the last digits in float32, for any x.
+    """log(1 + exp(x)), accurate to the last digits of float32 for any x.
 
     max(x, 0) + log1p(u) with u = exp(-|x|) <= 1, and log1p(u) = 2 atanh(s) with s = u / (2 + u).
-    As s <= 1/3, seven terms of the series leave 1.4e-8. The hardware's log2 is only good to 2**-22
-    absolutely, which is nothing like enough for log(1 + u) when u is small. Above 20 the result is
-    x, the threshold that torch applies.
+    As s <= 1/3, seven terms of the series leave 1.4e-8. The hardware's log2 has an absolute error
+    of 2**-22, far too much for log(1 + u) when u is small. Above 20, torch's threshold, the result
+    is x.
     """
     u = tl.exp(-tl.abs(x))
     s = u / (2.0 + u)
@@ -60,10 +60,10 @@ def softplus(x):
 
 @triton.jit
 def raise_amax(amax_ptr, x):
-    """amax = max(amax, |x|) in place for a float32 tile x (rows, columns); NaN does not count.
+    """amax = max(amax, |x|), in place, for a float32 tile x (rows, columns). NaN does not count.
 
-    Floats that are not negative order as their bits do, and a maximum of integers is the same in
-    any order.
+    Non-negative floats are ordered like their bits, and a maximum of integers does not depend on
+    the order of the atomics.
     """
     magnitude = tl.where(x == x, tl.abs(x), 0.0)
     largest = tl.max(tl.max(magnitude, 1), 0)
@@ -73,7 +73,7 @@ def raise_amax(amax_ptr, x):
 
 @triton.jit
 def to_fp8(x, largest, dtype: tl.constexpr):
-    """float32 to the FP8 format of this largest value: saturated, to nearest even; NaN stays."""
+    """float32 to the FP8 format with this largest value: saturating, to nearest even; NaN stays."""
     x = tl.where(x > largest, largest, x)
     x = tl.where(x < -largest, -largest, x)
     return x.to(dtype)
@@ -106,8 +106,8 @@ def column_sum_kernel(
 def column_sum(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Sum of ``partial`` (rows, width), contiguous float32, over its rows, in a fixed order.
 
-    Second step of every gradient that is summed over rows: each program of the first step leaves
-    one row. Written to ``out``, contiguous with ``width`` elements, which is returned.
+    The second step of every gradient that is summed over rows; in the first step each program
+    leaves one row. The result is written to ``out`` (``width`` elements, contiguous) and returned.
     """
     rows, width = partial.shape
     if width:

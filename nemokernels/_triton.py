@@ -1,7 +1,7 @@
-"""The host's side of the Triton kernels: where they can run, sizes of their blocks.
+"""The host's side of the Triton kernels: where they can run, and how their arguments are laid out.
 
-Triton itself is imported by the ``kernel.py`` files and by ``_tl.py``, which they share; importing
-this module, and the package, needs none.
+Triton itself is imported only by the ``kernel.py`` files and by ``_tl.py``, which they share.
+Importing this module or the package does not need it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KB of shared
 class Specialisation(NamedTuple):
     """A launch that matters, for the test that compiles without a GPU.
 
-    ``launch`` calls a launcher with meta tensors; every kernel in it is compiled as it stands,
-    none runs. ``label`` names the problem, for example ``"nano3 backward"``.
+    ``launch`` calls a launcher with meta tensors; the test compiles every kernel it launches and
+    runs none. ``label`` names the problem, for example ``"nano3 backward"``.
     """
 
     label: str
@@ -33,10 +33,10 @@ class Specialisation(NamedTuple):
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Which backend runs a norm and how it is launched; why not Triton if it is the reference.
+    """How a norm runs: the backend and its launch parameters; ``reason`` says why not Triton.
 
-    A program holds ``rows`` of ``block`` columns at a time. The backward runs ``programs`` side by
-    side, each of which walks blocks of rows and loads ``num_stages - 1`` of them ahead.
+    A program holds ``rows`` rows of ``block`` columns at a time. The backward runs ``programs``
+    programs side by side; each walks blocks of rows and loads ``num_stages - 1`` of them ahead.
     """
 
     backend: str
@@ -58,7 +58,7 @@ def reason(device: torch.device) -> str | None:
 
 
 def cuda_reason(device: torch.device) -> str | None:
-    """Why ``device`` is none that kernels compiled for a recent GPU run on; None if it is one."""
+    """Why no compiled kernel can run on ``device``; None if it is a recent enough CUDA device."""
     if device.type != "cuda":
         return f"needs a CUDA device, this is {device.type}"
     if torch.version.cuda is None:
@@ -86,7 +86,7 @@ def unsupported(*tensors: torch.Tensor | None) -> str:
 
 
 def needs_reference(op: str, barred: str, backends: tuple[str, ...]) -> bool:
-    """Whether the reference runs: Triton is not among ``backends``, or ``barred`` says why not.
+    """Whether the reference must run: Triton is not among ``backends``, or ``barred`` says why not.
 
     Raises:
         RuntimeError: the reference is not among them either.
@@ -112,7 +112,7 @@ def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def row_stride(t: torch.Tensor | None) -> int:
-    """Elements between the rows of a matrix; 0 for one that is not there."""
+    """The stride between the rows of a matrix; 0 for None."""
     return 0 if t is None else t.stride(0)
 
 

@@ -1,8 +1,8 @@
-"""Configurations that were measured to be faster than what a ``plan()`` chooses, as data.
+"""Tables of configurations that were measured to be faster than what a ``plan()`` chooses.
 
-``ops/<op>/tuned.json`` maps a card's name to problems, and a problem to the fields of the op's
-Config that it changes. ``nemokernels bench OP --tune`` writes it. Without a table, or on another
-card, the plan holds as it is.
+``ops/<op>/tuned.json`` maps a card's name to problems, and each problem to the fields of the op's
+Config to change. ``nemokernels bench OP --tune`` writes it. Without a table, or on another card,
+the plan's configuration is used as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemokernels._triton import next_power_of_2
 
 
 def bucket(problem: tuple) -> str:
-    """The key of a problem: sizes rounded up to a power of two, dtypes and flags as they are."""
+    """A problem's key: sizes rounded up to a power of two, dtypes and flags as they are."""
 
     def part(value):
         if isinstance(value, int) and not isinstance(value, bool):
@@ -29,14 +29,14 @@ def bucket(problem: tuple) -> str:
 
 
 def tuned(op: str, device: torch.device, problem: tuple, config):
-    """``config``, a plan's, with what the table of ``op`` has for ``problem`` on this card."""
+    """A plan's ``config``, changed as the table of ``op`` says for ``problem`` on this card."""
     if config.backend == "reference" or not table(op):
         return config
     return changed(config, table(op).get(card(device), {}).get(bucket(problem), {}))
 
 
 def changed(config, fields: dict):
-    """``config`` with these fields, as JSON has them: lists for tuples, objects for dataclasses.
+    """``config`` with these fields, as JSON stores them: lists for tuples, objects for dataclasses.
 
     Raises:
         TypeError: ``config`` has no such field.
@@ -63,13 +63,13 @@ def difference(old, new) -> dict:
 
 
 def path(op: str) -> Path:
-    """Where the table of an op is."""
+    """The path of an op's table."""
     return Path(__file__).parent / "ops" / op / "tuned.json"
 
 
 @functools.cache
 def table(op: str) -> dict[str, dict[str, dict]]:
-    """The table of an op; empty where there is none."""
+    """The table of an op; empty if it has none."""
     return json.loads(path(op).read_text()) if path(op).exists() else {}
 
 

@@ -32,11 +32,11 @@ _MARK = "_nemokernels_patched"
 def patch_transformers() -> contextlib.ExitStack:
     """Route transformers' Nemotron-H, Mamba-2 and Bamba models through nemokernels.
 
-    Replaced in the three modeling modules, for models built before or after and on every device:
-    the causal convolution and its update, the chunk scan, the state update, the fused training
-    path, the gated norm and, in Nemotron-H, the layer norm. (The layer norms of Mamba-2 and Bamba
-    round before they multiply by the weight; they keep doing so.) Attention, MLP and experts stay
-    as they are. The fused training path, which cannot mask padding inside, is taken only for
+    This replaces, in the three modeling modules, for models built before or after and on every
+    device: the causal convolution and its update, the chunk scan, the state update, the fused
+    training path, the gated norm and, in Nemotron-H, the layer norm. (The layer norms of Mamba-2
+    and Bamba round before they multiply by the weight; they keep doing so.) Attention, MLP and
+    experts stay as they are. The fused training path cannot mask padding, so it is used only for
     batches without an attention mask.
 
     Unlike the torch code it replaces, a cached decode step writes into its state and refuses to
@@ -44,8 +44,8 @@ def patch_transformers() -> contextlib.ExitStack:
 
     Returns:
         A context manager. ``with patch_transformers(): ...`` or ``.close()`` undoes the patch;
-        dropping it leaves the patch in place. While a patch is in place another call changes
-        nothing, and undoing that one neither.
+        dropping it leaves the patch in place. While a patch is in place, another call changes
+        nothing, and neither does undoing that call.
 
     Raises:
         ImportError: transformers is not installed, or lacks a name that is to be replaced.
@@ -122,14 +122,14 @@ def _unless_padded(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def fused(*args, padded: bool = False, **kwargs):
-        # None makes the mixer go on step by step, where it masks what the convolution put out.
+        # On None the mixer takes its separate steps, in which it masks the convolution's output.
         return None if padded else call(*args, **kwargs)
 
     return fused
 
 
 def _telling_of_padding(forward: Callable) -> Callable:
-    # Extra keywords of a mixer reach the fused function; the others drop them.
+    # A mixer's extra keywords reach the fused function; the other functions drop them.
     @functools.wraps(forward)
     def with_padding(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
         padded = attention_mask is not None

@@ -76,8 +76,8 @@ def assert_matches(
 def poisoned_empty() -> Iterator[None]:
     """Fill everything ``torch.empty`` returns with NaN (or the largest integer).
 
-    An element a kernel forgets to write then shows. Also turns deterministic algorithms on, since
-    torch ties the two together.
+    An element that a kernel forgets to write then shows. This also turns on deterministic
+    algorithms, since torch ties the two together.
     """
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -103,7 +103,7 @@ def gradients(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Outputs of ``fn(*tensors)`` and the gradient of every floating tensor.
 
-    ``grads`` are the output gradients; without them all are one.
+    ``grads`` are the gradients of the outputs; by default all are one.
     """
     leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
     out = fn(*leaves)
