@@ -64,6 +64,9 @@ class Clock(Protocol):
     def peak(self, task: Task) -> int:
         """Bytes allocated during one call above what was allocated before."""
 
+    def launches(self, task: Task) -> int | None:
+        """Kernels, copies and fills of one call; None where the driver does not tell."""
+
 
 class CudaClock:
     """The clock of a CUDA device."""
@@ -129,6 +132,20 @@ class CudaClock:
         task.run(prepared)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
+
+    def launches(self, task: Task) -> int | None:
+        profiler, prepared = torch.profiler, task.prepare()
+        torch.cuda.synchronize()
+        try:
+            with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as seen:
+                task.run(prepared)
+                torch.cuda.synchronize()
+        except (RuntimeError, AssertionError):  # torch without it, or no right to look
+            return None
+        # It may also look and see nothing, which is not a call without kernels.
+        on_device = profiler.DeviceType.CUDA
+        return sum(e.device_type == on_device and not e.is_user_annotation
+                   for e in seen.events()) or None  # fmt: skip
 
 
 def race(

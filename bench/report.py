@@ -39,7 +39,8 @@ def table(document: dict) -> Table:
         rates = ", ".join(f"{k} {v / 1e12:.0f}" for k, v in ceilings["gemm"].items())
         title += f"\ncopy {ceilings['copy'] / 1e12:.2f} TB/s, products in TFLOP/s: {rates}"
     out = Table(title=title)
-    for name in ("row", "backend", "floor ms", "median ms", "± MAD", "roofline", "goal"):
+    for name in ("row", "backend", "launches", "floor ms", "median ms", "± MAD", "roofline",
+                 "goal"):  # fmt: skip
         out.add_column(name, justify="left" if name in ("row", "backend") else "right")
     out.add_column("fastest peer")
     out.add_column("ratio", justify="right")
@@ -53,8 +54,9 @@ def _cells(record: dict) -> list[str | Text]:
     if ours is None:
         return [Text(f"{record['id']}: {why_missing(record)}", "red")]
     goal, share = record["goal"], ours.get("roofline")
-    cells = [record["id"], ours["backend"], _ms(record.get("floor")), _ms(ours["median"]),
-             f"{ours['mad'] / ours['median']:.1%}"]  # fmt: skip
+    launches = "-" if ours.get("launches") is None else str(ours["launches"])
+    cells = [record["id"], ours["backend"], launches, _ms(record.get("floor")),
+             _ms(ours["median"]), f"{ours['mad'] / ours['median']:.1%}"]  # fmt: skip
     colour = "red" if goal and share and share < goal else "green"
     cells.append(f"[{colour}]{share:.0%}[/{colour}]" if share else "-")
     cells.append(f"{goal:.0%}" if goal else "-")

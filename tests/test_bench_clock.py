@@ -59,8 +59,30 @@ def diary(monkeypatch):
     monkeypatch.setattr(clocks, "WARM_UP", 0.001)
     monkeypatch.setattr(clocks, "FLUSH", 1024)
     monkeypatch.setattr(clocks, "torch", types.SimpleNamespace(
-        cuda=fake, empty=torch.empty, uint8=torch.uint8))  # fmt: skip
+        cuda=fake, empty=torch.empty, uint8=torch.uint8, profiler=Profiler(told)))  # fmt: skip
     return fake
+
+
+class Profiler:
+    """In the place of torch.profiler: tells of these (device type, annotation) events."""
+
+    ProfilerActivity, DeviceType = torch.profiler.ProfilerActivity, torch.profiler.DeviceType
+
+    def __init__(self, told):
+        self.told, self.found, self.refuses = told, [], None
+
+    @contextlib.contextmanager
+    def profile(self, activities):
+        assert activities == [self.ProfilerActivity.CUDA]
+        if self.refuses:
+            raise self.refuses
+        self.told.append("profile")
+        yield self
+        self.told.append("profiled")
+
+    def events(self):
+        return [types.SimpleNamespace(device_type=kind, is_user_annotation=note)
+                for kind, note in self.found]  # fmt: skip
 
 
 def task(op="relu2", way="forward"):
@@ -133,6 +155,31 @@ def test_peak_memory_is_what_a_call_adds(diary):
     assert CudaClock(CPU).peak(task()) == 250
 
 
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_launches_are_what_the_device_did_in_one_call(diary, way):
+    one, profiler = task(way=way), clocks.torch.profiler
+    cuda, cpu = profiler.DeviceType.CUDA, profiler.DeviceType.CPU
+    profiler.found = [(cpu, False), (cuda, False), (cuda, True), (cuda, False)]
+    prepare, run = one.prepare, one.run
+    one.prepare = lambda: diary.told.append("prepare") or prepare()
+    one.run = lambda prepared: diary.told.append("run") or run(prepared)
+    assert CudaClock(CPU).launches(one) == 2
+    assert diary.told == ["prepare", "synchronize", "profile", "run", "synchronize", "profiled"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        None,
+        RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"),
+        AssertionError("Legacy CUDA profiling requires use_cpu=True"),
+    ],
+)
+def test_launches_that_nobody_tells_are_not_zero(diary, error):
+    clocks.torch.profiler.refuses = error
+    assert CudaClock(CPU).launches(task()) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["relu2", "rms_norm", "ssd"])
 def test_rows_on_a_gpu(op):
@@ -158,3 +205,4 @@ def test_rows_on_a_gpu(op):
         assert ours["method"] == method, ours
         assert 1e-7 < ours["median"] < 1e-2 and 1e-7 < eager["median"] < 1e-1
         assert ours["backend"] == "triton" and ours["config"]
+        assert ours["launches"] == 1 if op == "relu2" else ours["launches"] >= 1

@@ -109,9 +109,16 @@ def test_a_run_is_complete_and_json(on_a_card):
         assert ours["backend"] == "reference" and ours["error"] <= 1 and ours["memory"] == 4096
         assert {"median", "mad", "n", "method", "version"} <= set(ours)
         assert report.entry(record, "torch eager") and report.entry(record, "torch.compile")
+        assert ours["launches"] == 3
     absent = [e for e in made["rows"][1]["entries"] if "not_measured" in e]
     assert {e["name"] for e in absent} == {"mamba_ssm", "fla"}
     assert all("is not installed" in e["not_measured"] for e in absent)
+
+
+def test_launches_are_counted_once_and_after_the_times(on_a_card):
+    clock = Clock()
+    run.run(tiny("moe_route"), clock, say=lambda _: None)
+    assert clock.log[-1] == "launches" and clock.log.count("launches") == 1
 
 
 def test_a_wrong_row_has_no_time(on_a_card, monkeypatch):
@@ -327,6 +334,10 @@ def test_the_table_says_it_all(on_a_card):
     assert "45%" in text and "93%" in text  # 0.447 of 1 ms; the goal
     assert "torch eager 2" in text and "2.00x" in text
     assert "not measured: causal_conv1d: causal-conv1d is not installed" in text
+    found = [line.split("│")[3].strip() for line in text.splitlines() if " reference " in line]
+    assert "launches" in text and found == ["3", "3"]
+    report.entry(made["rows"][0])["launches"] = None
+    assert re.search(r"reference +│ +- │", shown(made))
 
 
 def test_a_row_without_a_figure_says_why(on_a_card):
