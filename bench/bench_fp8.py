@@ -63,6 +63,10 @@ def bare():
     return lambda x, weight, x_scale, w_scale, x8, w8: product(x8, w8, x_scale, w_scale, x.dtype)
 
 
+def unquantised():
+    return lambda x, weight, x_scale, w_scale, x8, w8: F.linear(x, weight)
+
+
 def transformer_engine():
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8CurrentScaling
@@ -141,7 +145,7 @@ LINEAR = Subject(
     "fp8",
     "fp8_linear",
     eager=eager_linear,
-    peers={"scaled_mm": bare, "transformer_engine": transformer_engine},
+    peers={"scaled_mm": bare, "linear": unquantised, "transformer_engine": transformer_engine},
     **linear,
 )
 TRAINED = Subject(
@@ -149,7 +153,7 @@ TRAINED = Subject(
     "fp8_linear",
     eager=eager_trained,
     wrt=("x", "weight"),
-    peers={"transformer_engine": transformer_engine},
+    peers={"linear": unquantised, "transformer_engine": transformer_engine},
     **linear,
 )
 
@@ -171,6 +175,7 @@ for K, N in ((4096, 18560), (4096, 21504), (2688, 10304)):
     ROWS.append(LINEAR.row(label, cost=cost.linear(**shape, itemsize=2), quick=quick, **shape))
     ROWS.append(TRAINED.row(label, "backward", cost=cost.linear_backward(**shape, itemsize=2),
                             quick=quick, **shape))  # fmt: skip
+    ROWS.append(TRAINED.row(label, "both", cost=cost.linear_both(**shape, itemsize=2), **shape))
 
 # Input, weight and gradient of Nemotron-H 8B's 112 linear layers.
 ROWS.append(UPDATE.row("h8b 1024 steps", cost=cost.update(336, 1024), columns=336, length=1024))

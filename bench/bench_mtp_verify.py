@@ -1,7 +1,9 @@
-"""Verification of four drafts per request: greedy, and at temperature 0.8.
+"""Verification of four drafts per request: greedy, at temperature 0.8, and cut by top-k and top-p.
 
 A sampled verdict is defined by its random numbers, so plain torch is our reference there.
 """
+
+from functools import partial
 
 import torch
 
@@ -20,9 +22,9 @@ def inputs(make, B, K, V, percent):
     return dict(logits=logits, drafts=torch.where(wrong[:, None], (drafts + 1) % V, drafts))
 
 
-def inputs_sampled(make, B, K, V):
+def inputs_sampled(make, B, K, V, *, top_k, top_p):
     return dict(logits=make.randn(B, K + 1, V), drafts=make.integers(V, B, K),
-                positions=make.integers(10000, B))  # fmt: skip
+                positions=make.integers(10000, B), top_k=top_k, top_p=top_p)  # fmt: skip
 
 
 def ours(logits, drafts):
@@ -40,21 +42,31 @@ def eager(logits, drafts):
     return count.int(), after[:, 0], logprobs.where(place <= count[:, None], 0.0)
 
 
-def ours_sampled(logits, drafts, positions):
-    return tuple(mtp_verify(logits, drafts, temperature=TEMPERATURE, positions=positions))
+def ours_sampled(logits, drafts, positions, top_k, top_p):
+    return tuple(mtp_verify(logits, drafts, temperature=TEMPERATURE, positions=positions,
+                            top_k=top_k, top_p=top_p))  # fmt: skip
 
 
-def eager_sampled(logits, drafts, positions):
+def eager_sampled(logits, drafts, positions, top_k, top_p):
     rows = torch.arange(len(logits), device=logits.device)
     temperature = torch.full_like(rows, TEMPERATURE, dtype=torch.float32)
-    return ref.forward(logits, drafts, None, None, temperature, None, None, rows.new_zeros(1), rows,
+    k = None if top_k is None else torch.full_like(rows, top_k)
+    p = None if top_p is None else torch.full_like(temperature, top_p)
+    return ref.forward(logits, drafts, None, None, temperature, k, p, rows.new_zeros(1), rows,
                        positions)  # fmt: skip
+
+
+def sampled(title, top_k=None, top_p=None):
+    return Subject(
+        "mtp_verify", f"mtp_verify, {title}", ours=ours_sampled, eager=eager_sampled,
+        inputs=partial(inputs_sampled, top_k=top_k, top_p=top_p), tiny=dict(B=4, K=3, V=40),
+    )  # fmt: skip
 
 
 GREEDY = Subject("mtp_verify", "mtp_verify, greedy", inputs=inputs, ours=ours, eager=eager,
                  tiny=dict(B=4, K=3, V=40, percent=50))  # fmt: skip
-SAMPLED = Subject("mtp_verify", "mtp_verify, sampled", inputs=inputs_sampled, ours=ours_sampled,
-                  eager=eager_sampled, tiny=dict(B=4, K=3, V=40))  # fmt: skip
+SAMPLED = sampled("sampled")
+CUTS = [sampled("top-k 50", 50), sampled("top-p 0.9", None, 0.9)]
 
 ROWS = []
 for dtype in (torch.float32, torch.bfloat16):
@@ -70,6 +82,8 @@ for dtype in (torch.float32, torch.bfloat16):
             ROWS.append(GREEDY.row(f"{B} x 4, {percent} % accepted", percent=percent, **shape,
                                    **common))  # fmt: skip
         ROWS.append(SAMPLED.row(f"{B} x 4", **shape, **common))
+        common |= dict(goal=None, quick=False)  # a cut reads its row more than once
+        ROWS += [cut.row(f"{B} x 4", **shape, **common) for cut in CUTS]
 
 
 def test_bench(benchmark, row, measure):

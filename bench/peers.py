@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
     "flashinfer": ("flashinfer-python",),
     "sonic_moe": ("sonic-moe",),
     "transformer_engine": ("transformer-engine",),
+    "linear": ("torch",),  # torch's own product in the row's dtype
     "scaled_mm": ("torch",),  # torch's own products of 8-bit operands
     "scaled_grouped_mm": ("torch",),
 }

@@ -121,6 +121,8 @@ def test_small_ones_by_hand():
     assert fp8.linear(2, 3, 4, 2).bytes == 2 * (6 + 12 + 8)
     assert fp8.linear_backward(2, 3, 4, 2).bytes == 2 * (8 + 6 + 12) + 6 + 12
     assert fp8.linear_backward(2, 3, 4, 2).flops == 2 * 2 * 24
+    assert fp8.linear_both(2, 3, 4, 2).bytes == 2 * 2 * (6 + 12 + 8)
+    assert fp8.linear_both(2, 3, 4, 2).flops == 3 * 2 * 24
     assert w4a16.linear(2, 16, 4, **BF16).bytes == 64 + 16 + 32 + 4
     assert w4a16.linear(2, 16, 4, **BF16).flops == 2 * 2 * 16 * 4
     assert nvfp4_gemm.linear(2, 16, 4).bytes == (32 + 64) * 9 / 16 + 8 * 2

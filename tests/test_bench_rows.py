@@ -173,6 +173,14 @@ def test_a_wrong_gradient_is_wrong():
         judge.ours(judge.task(lambda x: x.relu() ** 3).once())
 
 
+@pytest.mark.parametrize("way", ["forward", "both"])
+def test_a_product_that_was_not_quantised_is_timed_beside_ours(way):
+    row = tiny(next(r for r in rows(("fp8",)) if "linear" in r.subject.peers and r.way == way))
+    judge = check.Judge(row, CPU)
+    results = judge.task(row.subject.peers["linear"]()).once()
+    assert 0.01 < judge.peer(results) <= check.PEER
+
+
 # Peers: absent ones say so, and those that are there are connected.
 
 

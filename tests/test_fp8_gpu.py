@@ -1,5 +1,7 @@
 """The FP8 kernels and products on a GPU."""
 
+import fp8_models
+import hybrids
 import on_gpu
 import pytest
 import torch
@@ -15,6 +17,7 @@ from nemokernels import (
     rms_norm_fp8,
     use_backend,
 )
+from nemokernels.models import check_fp8, fp8_report, update_fp8
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -120,6 +123,19 @@ def test_norms(width, transpose, dtype):
         assert torch.equal(codes.codes, want[0].view(torch.uint8)) and amax == want[1]
         if transpose:
             assert torch.equal(codes.transposed, want[2].view(torch.uint8))
+
+
+def test_a_model_runs_in_fp8():
+    """A step of a converted model: every product in FP8, every input by the norm that can."""
+    model = fp8_models.hybrid("M*-").bfloat16().cuda()
+    for seed in range(3):
+        loss = model(hybrids.tokens(2, 24, seed=seed).cuda()).float().square().mean()
+        loss.backward()
+        update_fp8(model)
+    check_fp8(model)
+    own = {r.name.rpartition(".")[2] for r in fp8_report(model) if r.quantised_by == "layer"}
+    assert own == {"o_proj", "down_proj"}
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_bad_scale_is_nan():

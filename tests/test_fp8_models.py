@@ -84,6 +84,31 @@ def test_nothing_is_recorded_without_gradients():
     assert_same(state(model), before)
 
 
+def test_one_reduction_and_one_update_for_the_whole_model(monkeypatch):
+    model, updates, reduced = blocks(count=3), [], []
+    model(torch.randn(3, 16)).sum().backward()
+
+    class Updates(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.nemokernels.delayed_scaling_update.default:
+                updates.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    def all_reduce(amax, op, group):
+        assert op is torch.distributed.ReduceOp.MAX and group == "ours"
+        reduced.append(amax.numel())
+        amax.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    want = {n: 2 * b[0] for n, b in state(model).items() if n.endswith("history")}
+    with Updates():
+        update_fp8(model, "ours")
+    assert updates == [2 * 6] and reduced == [3 * 6]
+    after = state(model)
+    assert all(torch.equal(after[name][-1], value) for name, value in want.items())
+
+
 def test_an_unused_layer_keeps_its_state():
     model = blocks()
     model(torch.randn(3, 16)).sum().backward()

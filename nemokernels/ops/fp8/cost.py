@@ -44,3 +44,8 @@ def linear_backward(M: int, K: int, N: int, itemsize: int) -> Cost:
     """The 8-bit x and weight and dy read; dx and dweight written."""
     moved = (M * N + M * K + N * K) * itemsize + M * K + N * K
     return Cost(moved, 4 * M * K * N, "float8_e4m3fn")
+
+
+def linear_both(M: int, K: int, N: int, itemsize: int) -> Cost:
+    """x, weight and dy read, y, dx and dweight written; three products."""
+    return Cost(2 * (M * K + N * K + M * N) * itemsize, 6 * M * K * N, "float8_e4m3fn")
