@@ -1,4 +1,4 @@
-"""The activations between the two matrices of an MLP, by the names config.json uses."""
+"""The activations between the two matrices of an MLP, under their names in config.json."""
 
 from __future__ import annotations
 

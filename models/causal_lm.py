@@ -1,4 +1,4 @@
-"""What every model of the package does: tokens to logits, with or without a state.
+"""What every model of the package does: turn tokens into logits, with or without a state.
 
 Shapes: B rows, T tokens, H hidden size, V vocabulary.
 """
@@ -30,8 +30,8 @@ class CausalLM(nn.Module):
     a module with ``layers`` that takes ``(tokens, run)``.
 
     Attributes:
-        image_token_id: the token whose places images fill, in a model that sees; else None.
-        kept: tensors of the checkpoint that no computation uses, which saving writes back.
+        image_token_id: in a vision-language model, the token whose places images fill; else None.
+        kept: tensors of the checkpoint that no computation uses; saving writes them back.
     """
 
     image_token_id: int | None = None
@@ -39,7 +39,7 @@ class CausalLM(nn.Module):
 
     @property
     def trunk(self) -> nn.Module:
-        """From tokens to the hidden states after the final norm."""
+        """The module that turns tokens into the hidden states after the final norm."""
         raise NotImplementedError
 
     @property
@@ -67,14 +67,15 @@ class CausalLM(nn.Module):
             tokens: (B, T) int64 or int32. Every row is a sequence.
             cu_seqlens: (n + 1,) int32 bounds of n sequences packed into the one row of tokens.
                 Nothing crosses a bound.
-            state: continue these sequences from what the state holds, and write them to it
-                (:meth:`new_state`); without gradients.
+            state: continue the sequences that it holds and update it (:meth:`new_state`); no
+                gradients are recorded.
             slots: (B,) or (n,) int32, the state's slot of each sequence; None: 0, 1, 2, ...
-                Negative: padding, which touches no slot.
-            decode: take T <= draft_tokens + 1 tokens per row through the recurrent kernels;
-                ``state.accept`` must follow. Otherwise the chunked kernels, and all tokens stay.
-            embedded: (B, T, H) the vectors to start from instead of the tokens' embeddings; for
-                models whose trunk takes them (:class:`NemotronH`).
+                A negative slot marks padding, which touches none.
+            decode: run T <= draft_tokens + 1 tokens per row through the recurrent kernels;
+                ``state.accept`` must follow. Otherwise the chunked kernels run and all tokens are
+                kept.
+            embedded: (B, T, H) vectors to use instead of the tokens' embeddings, for models whose
+                trunk takes them (:class:`NemotronH`).
 
         Returns:
             (B, T, H) in the model's dtype.
@@ -112,8 +113,8 @@ class CausalLM(nn.Module):
         """Room for ``slots`` sequences of up to ``max_length`` tokens; see :class:`State`.
 
         ``dtype`` (convolution and key-value cache) defaults to the model's, ``ssm_dtype`` to the
-        config's ``mamba_ssm_cache_dtype``, ``kv_dtype`` to ``dtype``. A float8_e4m3fn cache has the
-        scales that a quantised checkpoint brought.
+        config's ``mamba_ssm_cache_dtype``, ``kv_dtype`` to ``dtype``. A float8_e4m3fn cache uses
+        the scales of the quantised checkpoint, if it had any.
         """
         weight = self.lm_head.weight
         return State(
@@ -129,8 +130,8 @@ class CausalLM(nn.Module):
         )
 
     def _kv_scales(self) -> dict[int, tuple[float, float]]:
-        """Attention layer -> scales of its keys and values, as the checkpoint has them."""
-        quantization = getattr(self, "quantization", None)  # only a loaded model has one
+        """Attention layer -> scales of its keys and its values, from the checkpoint."""
+        quantization = getattr(self, "quantization", None)  # only a loaded model has this attribute
         if quantization is None:
             return {}
         given = quantization.kv_scales
@@ -151,17 +152,19 @@ class CausalLM(nn.Module):
 
     @property
     def expert_counts(self) -> list[torch.Tensor]:
-        """Of every router (experts,) int64: tokens seen in training mode since last zeroed."""
+        """Per router, (experts,) int64: tokens each expert got in training since the last reset."""
         return [router.expert_counts for router in self.routers()]
 
     def split_experts(self, mesh: DeviceMesh) -> None:
-        """Keep this rank's part of every layer's experts; rows then travel over the 1-D ``mesh``.
+        """Keep only this rank's share of all experts; rows then travel over the 1-D ``mesh``.
 
-        Its ranks call the model together, each with tokens of its own; tensors keep their names and
-        global shapes, as DTensors. Before ``fully_shard``.
+        The ranks of the mesh must call the model together, each with tokens of its own. The tensors
+        become DTensors, with their names and global shapes unchanged. Call this before
+        ``fully_shard``.
 
         Raises:
-            ValueError: the number of experts of some layer is not a multiple of the ranks'.
+            ValueError: the number of experts of some layer is not a multiple of the number of
+                ranks.
         """
         for experts in self.experts():
             experts.split(mesh)

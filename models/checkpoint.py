@@ -1,8 +1,9 @@
 """Loading checkpoints: a folder with config.json and safetensors files.
 
-Loading is strict. Headers are checked in full before anything is allocated: every tensor the
-configuration asks for must be there once, with its shape and dtype, and nothing else may be. Then
-each tensor is read once, straight into its parameter, so memory stays at about one model.
+Loading is strict. All headers are checked before anything is allocated: every tensor that the
+configuration asks for must be there exactly once, with the right shape and dtype, and there must be
+no other. Then each tensor is read once, straight into its parameter, so that memory stays at about
+the size of one model.
 """
 
 from __future__ import annotations
@@ -50,15 +51,16 @@ from nemokernels.models.vl_config import NemotronVLConfig
 QUANT_CONFIG = "hf_quant_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-MAX_TENSORS = 1_000_000  # twenty times the largest model; above it a configuration is nonsense
-WRAPPERS = ("", "language_model.")  # before all names of the language model
-# Towers of wrappers this package has no model of, beside `language_model.`; they are not read.
+MAX_TENSORS = 1_000_000  # 20 times the largest model's; a larger count is nonsense
+WRAPPERS = ("", "language_model.")  # prefixes of all names of the language model
+# Parts of multimodal checkpoints beside `language_model.` that this package has no model for. They
+# are not read.
 OTHER_TOWERS = ("vision_model.", "mlp1.", "sound_encoder.", "sound_projection.",
                 "video_embedder.", "vision_projector.")  # fmt: skip
 
 
 def checkpoint_spec(name_or_config: str | Config) -> dict[str, TensorSpec]:
-    """Name -> (shape, dtype) of every tensor of the published bfloat16 checkpoint, in its order.
+    """Name -> (shape, dtype) of every tensor of the published bfloat16 checkpoint, in order.
 
     All are bfloat16 except the routers' correction biases, which are float32.
     """
@@ -78,32 +80,33 @@ def from_pretrained(
 ) -> CausalLM:
     """Load a checkpoint folder in the Hugging Face layout.
 
-    Accepts ``model.safetensors`` or shards with ``model.safetensors.index.json``; for
-    ``nemotron_h`` the prefixes ``backbone.`` (published) and ``model.`` (transformers 5 in memory,
-    experts stacked or not); for ``bloom`` also no prefix; every prefix also under
-    ``language_model.``; bfloat16, float16, float32 or float64; and ModelOpt's FP8 and NVFP4, which
-    are dequantised unless they are to be kept (``model.quantization`` has the rest of what they
-    say). Of a wrapper that is no family of its own, the language model.
+    The folder holds ``model.safetensors``, or shards with ``model.safetensors.index.json``. Names
+    of ``nemotron_h`` may begin with ``backbone.`` (as published) or ``model.`` (as transformers 5
+    has them in memory, experts stacked or not), those of ``bloom`` may have no prefix, and all may
+    stand under ``language_model.``. Tensors are bfloat16, float16, float32 or float64, or
+    ModelOpt's FP8 or NVFP4. Quantised layers are dequantised unless ``keep_quantized`` asks
+    otherwise; ``model.quantization`` records what the checkpoint said of them. Of a multimodal
+    checkpoint that is not of a family of this package, only the language model is loaded.
 
     Args:
         folder: the checkpoint.
         device: where the parameters go; the CPU by default.
         dtype: dtype of the parameters. None keeps the file's (bfloat16 where layers are
             quantised). A_log, D, dt_bias, the router and its correction bias are at least float32.
-        reward_head: where config.json does not tell, the name of the linear layer that a reward
-            model has instead of ``lm_head``; its sizes are those of its tensors.
-        keep_quantized: for inference. Linear layers in NVFP4 stay so (W4A16), and so do routed
-            experts that are all in NVFP4, or all in FP8 with activation scales (W8A8); the rest is
-            dequantised. ``model.quantization.kept`` names them. No parameter requires a gradient,
-            and such a model cannot be saved.
+        reward_head: the name of the linear layer that a reward model has instead of ``lm_head``, if
+            config.json does not say. Its sizes are those of the stored tensors.
+        keep_quantized: for inference. NVFP4 linear layers stay quantised (W4A16), and so do the
+            routed experts of a layer if they are all in NVFP4, or all in FP8 with activation scales
+            (W8A8). The rest is dequantised. ``model.quantization.kept`` names what stays. No
+            parameter requires a gradient, and the model cannot be saved.
 
     Returns:
         The model, in evaluation mode. ``model.file_dtypes`` records the dtypes of the file, which
         :func:`~nemokernels.models.save_pretrained` restores.
 
     Raises:
-        CheckpointError: the folder, a file, a tensor or the configuration is not as it must be;
-            the message names all of them (the first 20 in full). Nothing has been allocated then.
+        CheckpointError: the folder, a file, a tensor or the configuration is not as it must be. The
+            message lists every problem (the first 20 in full). Nothing has been allocated then.
     """
     device = torch.device(device or "cpu")
     if device.type == "meta":
@@ -114,14 +117,14 @@ def from_pretrained(
         model = build(config, device="meta", dtype=dtype or plan.dtype)
         try:
             _fill(model, plan, shards, scalars, device, dtype, keep_quantized)
-        except ValueError as error:  # what only the values of a quantised tensor can tell
+        except ValueError as error:  # only a quantised tensor's values can show this
             raise CheckpointError(f"{folder}: {error}") from error
     return model.requires_grad_(False).eval() if keep_quantized else model.eval()
 
 
 @contextmanager
 def open_checkpoint(folder: str | os.PathLike, reward_head: str | None = None) -> Iterator[Opened]:
-    """A checkpoint folder, its headers checked in full; raises as :func:`from_pretrained`."""
+    """Open a checkpoint folder and check all its headers; raises as :func:`from_pretrained`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder")
@@ -137,12 +140,12 @@ def open_checkpoint(folder: str | os.PathLike, reward_head: str | None = None) -
 
 
 class Source(NamedTuple):
-    """Where one parameter, or one expert of a stack, comes from. ``index`` None: all of it."""
+    """Where a parameter, or expert ``index`` of a stack of experts, comes from."""
 
     target: str
     index: int | None
     tensor: StoredTensor
-    module: str  # of the file's layer, for its scales
+    module: str  # the layer's name in the file, for its scales
     algorithm: str | None
 
 
@@ -150,10 +153,10 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # of everything that is neither quantised nor kept in float32
     shapes: dict[str, tuple[int, ...]]  # parameter -> shape
     sources: list[Source]
-    trunk: str  # how its names begin in the file
+    trunk: str  # prefix of its names in the file
     tensors: dict[str, StoredTensor]  # canonical name -> stored tensor
     quantization: Quantization | None
-    kept: dict[str, StoredTensor]  # what is carried along
+    kept: dict[str, StoredTensor]  # tensors that are carried along unread
 
 
 class Opened(NamedTuple):
@@ -204,7 +207,7 @@ def _scheme(folder: Path, data: dict, layout: Layout) -> Scheme | None:
 
 
 def _module(layout: Layout, name: str) -> str:
-    """A module's name in a quantisation list, in our spelling."""
+    """Our spelling of a module's name in a quantisation list."""
     if not layout.trunk.startswith("language_model."):
         name = name.removeprefix("language_model.")
     trunk = next((trunk for trunk in layout.trunks if name.startswith(trunk)), "")
@@ -214,8 +217,8 @@ def _module(layout: Layout, name: str) -> str:
 def _canonical(
     layout: Layout, stored: dict[str, StoredTensor], problems: Problems
 ) -> tuple[str, dict[str, StoredTensor]]:
-    """The stored trunk's prefix, and the tensors under the published names; what has no such name
-    is a problem."""
+    """The trunk's prefix in the file, and the tensors under their published names. A tensor without
+    such a name is a problem."""
     both = [(wrapper, trunk) for wrapper in WRAPPERS for trunk in layout.trunks]
     fitting = [pair for pair in both if "".join(pair) + layout.embeddings in stored]
     if len(fitting) > 1:
@@ -290,13 +293,13 @@ def _plan(
 
 
 def _model_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
-    """The dtype most matrices have, so that an odd one out is the one that is named."""
+    """The dtype of most matrices, so that the message names the odd one out."""
     counts = Counter(t.dtype for t in tensors if len(t.shape) > 1 and t.dtype in MODEL_DTYPES)
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
 
 
 def _scalars(plan: Plan, shards: Shards, problems: Problems) -> dict[str, torch.Tensor]:
-    """Every scalar scale of the quantised layers; activation and cache scales go on record."""
+    """Read the scalar scales of the quantised layers; record those of activations and caches."""
     record = plan.quantization
     kinds = {"input_scale": record.input_scales, "k_scale": record.kv_scales,
              "v_scale": record.kv_scales}  # fmt: skip
@@ -323,7 +326,7 @@ def _fill(
     dtype: torch.dtype | None,
     keep_quantized: bool,
 ) -> None:
-    """Replace every meta tensor of the model by storage and read the checkpoint into it."""
+    """Give every meta tensor of the model memory and read the checkpoint into it."""
     meta = model.state_dict()
     shapes = {name: tuple(value.shape) for name, value in meta.items()}
     if shapes != plan.shapes:
@@ -347,7 +350,7 @@ def _fill(
                     kept = torch.promote_types(kept, torch.float32)
                 filled[target] = torch.empty_like(meta[target], dtype=kept, device=device)
                 assign(model, target, filled[target])
-                # Dequantised in a chosen dtype, a model is no longer that of the file.
+                # A model that was dequantised to a chosen dtype is no longer the file's.
                 unlike = plan.quantization is not None and dtype is not None
                 model.file_dtypes[target] = (kept, kept if unlike else stored)
             into = filled[target] if index is None else filled[target][index]
@@ -356,7 +359,7 @@ def _fill(
 
 
 def remember(model: CausalLM, plan: Plan, shards: Shards) -> None:
-    """Note in the model what saving needs to know of the file."""
+    """Record on the model what saving needs to know about the file."""
     model.quantization, model.file_dtypes, model.file_trunk = plan.quantization, {}, plan.trunk
     model.kept = {name: shards.read(tensor) for name, tensor in plan.kept.items()}
 
@@ -364,7 +367,7 @@ def remember(model: CausalLM, plan: Plan, shards: Shards) -> None:
 def _part(
     plan: Plan, shards: Shards, scalars: dict[str, torch.Tensor], source: Source, leaf: str
 ) -> torch.Tensor | None:
-    """A tensor of the source's layer; None if the file has none."""
+    """A tensor of the source's layer; None if it is not in the file."""
     name = f"{source.module}.{leaf}"
     if leaf == "weight":
         return shards.read(source.tensor)
@@ -380,7 +383,7 @@ def read_value(
     scalars: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The tensor of a source, dequantised."""
+    """The values of a source, dequantised."""
     part = partial(_part, plan, shards, scalars, source)
     if source.algorithm is None:
         return part("weight")

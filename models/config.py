@@ -1,4 +1,4 @@
-"""NemotronHConfig: what config.json says, checked once, under the names config.json uses."""
+"""NemotronHConfig: a checked config.json, under the names that the file uses."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from nemokernels.models.fields import (
 
 __all__ = ["ConfigError", "NemotronHConfig"]
 
-# One letter per layer. The three spellings: the published pattern string, the published list of
-# words, and the words transformers 5 writes when it saves.
+# Layers have three spellings: the published string of one letter per layer, the published list of
+# words, and the words that transformers 5 writes when it saves.
 WORDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _LETTERS = {"mamba": "M", "attention": "*", **{word: letter for letter, word in WORDS.items()}}
 _TYPES, _MTP_TYPES = f"{BLOCKS}.block_type", f"{MTP_BLOCKS}.block_type"
@@ -42,7 +42,7 @@ _ALIASES = {
     "norm_eps": "layer_norm_epsilon",
 }
 
-# Sizes a layer of each kind cannot do without.
+# The sizes that a layer of each kind needs.
 _NEEDED = {
     "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"),
     "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -51,8 +51,8 @@ _NEEDED = {
           "moe_shared_expert_intermediate_size"),
 }  # fmt: skip
 
-# Options the architecture has in config.json but no released model uses another way. A different
-# value would change the result, so it is refused and not ignored.
+# Options of the architecture that all released models set alike. Another value would change the
+# result, so it is refused and not ignored.
 _FIXED = {
     "tie_word_embeddings": False,
     "use_bias": False,
@@ -74,9 +74,9 @@ _FLOAT32_MAX = 3.4028234663852886e38
 class NemotronHConfig:
     """Sizes and constants of one Nemotron-H model. Field names are those of its config.json.
 
-    Sizes of layer kinds the pattern does not contain may be None. ``block_configs`` and
-    ``mtp_block_configs`` give single layers their own sizes, see :mod:`.blocks`. ``extra`` keeps
-    every field of the file that is not interpreted here, so that saving loses none.
+    Sizes of layer kinds that the pattern does not contain may be None. ``block_configs`` and
+    ``mtp_block_configs`` give single layers sizes of their own, see :mod:`.blocks`. ``extra`` keeps
+    the fields of the file that are not interpreted here, so that saving loses none.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -130,7 +130,7 @@ class NemotronHConfig:
                 check_type(spec.name, getattr(self, spec.name), spec.type)
         _check(self)
         check_blocks(self)
-        assert self.layers  # made once here, so that a layer's mistake is found here
+        assert self.layers  # made here, so that a mistake in a layer shows at once
 
     @property
     def model_type(self) -> str:
@@ -138,9 +138,9 @@ class NemotronHConfig:
 
     @cached_property
     def layers(self) -> tuple[NemotronHConfig, ...]:
-        """The configuration of every layer: this one, or with that layer's sizes.
+        """Every layer's configuration: this one, or a copy with the layer's own sizes.
 
-        The MTP block's layers count on from the trunk's.
+        The MTP block's layers follow the trunk's.
         """
         return layer_configs(self)
 
@@ -159,23 +159,23 @@ class NemotronHConfig:
 
     @property
     def mamba_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that keep a convolution window and an SSM state."""
+        """Indices of the layers that keep a convolution window and an SSM state."""
         return tuple(index for index, letter in enumerate(self.pattern) if letter == "M")
 
     @property
     def kv_heads(self) -> dict[int, int]:
-        """Layer -> key-value heads, of those with attention. The MTP block's count on."""
+        """Attention layer -> its key-value heads. The MTP block's layers follow the trunk's."""
         letters = enumerate(self.pattern + self.mtp_pattern)
         return {index: self.num_key_value_heads for index, letter in letters if letter == "*"}
 
     @property
     def depth(self) -> int:
-        """How many mixers write into the residual stream, the MTP block's aside."""
+        """How many mixers write into the residual stream, without those of the MTP block."""
         return len(self.pattern)
 
     @property
     def d_inner(self) -> int:
-        """Width of a Mamba layer. The file's ``expand`` sizes nothing."""
+        """Width of a Mamba layer. The file's ``expand`` is not used."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
@@ -234,7 +234,7 @@ class NemotronHConfig:
 
 
 def _read_blocks(left: dict[str, object]) -> None:
-    """The lists of blocks as tuples; their ``block_type``s are one more spelling of the pattern."""
+    """Turn lists of blocks into tuples; their ``block_type``s also spell the pattern."""
     model_type, puzzle = left.get("model_type", "nemotron_h"), left.get(BLOCKS) is not None
     if model_type != ("nemotron_h_puzzle" if puzzle else "nemotron_h"):
         raise ConfigError(
@@ -252,7 +252,7 @@ def _read_blocks(left: dict[str, object]) -> None:
 
 
 def _pattern(data: dict[str, object], names: tuple[str, ...]) -> str | None:
-    """Take every spelling of one layer list out of ``data``; they must agree."""
+    """Remove every spelling of a list of layers from ``data``; they must agree."""
     found = {name: _letters(name, data.pop(name)) for name in names if data.get(name) is not None}
     for name in names:
         data.pop(name, None)
@@ -296,7 +296,7 @@ def _number(value: object) -> float | None:
 def _check(config: NemotronHConfig) -> None:
     for name, pattern, allowed in (
         ("hybrid_override_pattern", config.pattern, "M*-E"),
-        # The recurrent state of a drafted chain is kept for the trunk only.
+        # Only the trunk keeps a recurrent state for a drafted chain.
         ("mtp_hybrid_override_pattern", config.mtp_pattern, "*-E"),
     ):
         if set(pattern) - set(allowed):

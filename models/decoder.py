@@ -1,8 +1,8 @@
-"""Decoders with rotary embeddings: Llama, Mistral, Nemotron-4, searched Llama-Nemotron nets.
+"""Decoders with rotary embeddings: Llama, Mistral, Nemotron-4 and Llama-Nemotron.
 
-A layer is ``x + attention(norm(x))`` followed by ``x + ffn(norm(x))``; either may be absent, with
-its norm. Module names are the tensor names of the published checkpoints. Shapes: B rows, T tokens,
-D the rotated channels of a head.
+A layer is ``x + attention(norm(x))`` followed by ``x + ffn(norm(x))``; either half may be absent.
+Module names are the tensor names of the published checkpoints. Shapes: B rows, T tokens, D the
+rotated channels of a head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def rotary_frequencies(config: DecoderConfig, device: torch.device | None = None) -> torch.Tensor:
-    """Angle per position of every rotated pair of channels, (D / 2,) float64.
+    """How much each rotated pair of channels turns per position, (D / 2,) float64.
 
     ``theta ** (-2 i / D)``. With Llama 3.1's scaling, wavelengths above ``original / low`` grow by
     ``factor``, those below ``original / high`` stay, and between the two the frequencies are
@@ -49,8 +49,8 @@ def rotary_frequencies(config: DecoderConfig, device: torch.device | None = None
 def rope_table(config: DecoderConfig, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
     """Cosines and sines (B, T, 1, D / 2) of the angles at ``positions`` (B, T).
 
-    Angles are in float64: in float32 they are off by 0.004 at position 100,000. The values are in
-    float32, for a float64 model in float64.
+    Angles are computed in float64: in float32 they would be off by 0.004 at position 100,000. The
+    result is float32, or float64 for a float64 model.
     """
     angles = positions[..., None, None] * rotary_frequencies(config, positions.device)
     wide = torch.promote_types(dtype, torch.float32)
@@ -60,7 +60,7 @@ def rope_table(config: DecoderConfig, positions: torch.Tensor, dtype: torch.dtyp
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotate the channels (i, i + D / 2) of x (B, T, heads, head_dim); those past D stay.
 
-    In float32 (float64 for float64 input), with one cast at the end.
+    Computed in float32 (float64 for float64 input), with one cast at the end.
     """
     cos, sin = rope
     half = cos.shape[-1]
@@ -105,7 +105,7 @@ class FFN(nn.Module):
         return (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
 
     def forward(self, x: torch.Tensor | Fp8Normed) -> torch.Tensor:
-        # torch rounds the tail of a vector's SiLU differently from its body: a row on its own.
+        # torch rounds the tail of a vector's SiLU differently from its body, hence row by row.
         return each_row(self._rows, x)
 
     def _rows(self, x: torch.Tensor | Fp8Normed) -> torch.Tensor:
@@ -115,10 +115,10 @@ class FFN(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and FFN, each with its norm. The last sum happens in the next norm.
+    """Attention and FFN, each with its norm. The next layer's norm does the last addition.
 
-    Takes ``(x, residual)``, the output of the block before and the stream it is to be added to
-    (None at first), and returns the same pair.
+    Takes and returns ``(x, residual)``: the output of the block before, and the residual stream
+    that it has still to be added to (None in the first layer).
     """
 
     def __init__(self, config: DecoderConfig, index: int, **kwargs):

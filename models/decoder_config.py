@@ -1,7 +1,7 @@
-"""DecoderConfig: config.json of the decoders with rotary embeddings, checked once.
+"""DecoderConfig: the checked config.json of a decoder with rotary embeddings.
 
 ``llama``, ``mistral``, ``nemotron`` (Nemotron-4, Minitron) and ``nemotron-nas`` (Llama-Nemotron
-Super and Ultra). They differ in the few words of :data:`FAMILIES` and in how a block's sizes are
+Super and Ultra). They differ in the fields of :data:`FAMILIES` and in how a block's sizes are
 written.
 """
 
@@ -28,13 +28,13 @@ __all__ = ["Block", "DecoderConfig", "Llama3Scaling"]
 
 
 class Family(NamedTuple):
-    """What a ``model_type`` says without a field for it."""
+    """What a ``model_type`` implies without a field of its own."""
 
     architecture: str
     norm_field: str
     layer_norm: bool = False  # LayerNorm with weights stored minus one; RMSNorm otherwise
     gated: bool = True  # SwiGLU; squared ReLU otherwise
-    rotary: float = 1.0  # part of a head that is rotated, where the file does not say
+    rotary: float = 1.0  # rotated part of a head, if the file does not say
     initializer_range: float = 0.02
     sliding_window: int | None = None  # where the file does not say
 
@@ -58,7 +58,7 @@ _ALIASES = {
 }
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "norm_eps")
 _ROPE = ("rope_scaling", "rope_parameters")
-# A different value would change the result and no released model has one: refused, not ignored.
+# No released model has another value. It would change the result, so it is refused.
 _FIXED = {
     "sliding_window": None,
     "attention_bias": False,
@@ -66,11 +66,11 @@ _FIXED = {
     "attention_dropout": 0,
     "hidden_dropout": 0,
 }
-MULTIPLE = 256  # of the widths that ffn_mult gives
+MULTIPLE = 256  # widths computed from ffn_mult are rounded up to it
 
 
 class Block(NamedTuple):
-    """One layer: key-value heads of its attention and width of its FFN; None: it has none."""
+    """One layer: its key-value heads and the width of its FFN; None where a part is absent."""
 
     kv_heads: int | None
     ffn: int | None
@@ -90,9 +90,9 @@ class Llama3Scaling:
 class DecoderConfig:
     """Sizes and constants of one decoder with rotary embeddings, named as in its config.json.
 
-    ``block_configs`` is ``nemotron-nas``'s list with one entry per layer; elsewhere all layers have
-    ``num_key_value_heads`` and ``intermediate_size``. ``blocks`` is what either of them says.
-    ``extra`` keeps every field of the file that is not interpreted here.
+    ``block_configs`` is ``nemotron-nas``'s list with one entry per layer; in the other families all
+    layers have ``num_key_value_heads`` and ``intermediate_size``. ``blocks`` gives the sizes in
+    either case. ``extra`` keeps the fields of the file that are not interpreted here.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -151,7 +151,7 @@ class DecoderConfig:
 
     @property
     def kv_heads(self) -> dict[int, int]:
-        """Layer -> key-value heads, of those with attention."""
+        """Attention layer -> its key-value heads."""
         heads = enumerate(block.kv_heads for block in self.blocks)
         return {index: count for index, count in heads if count is not None}
 
@@ -214,7 +214,7 @@ class DecoderConfig:
             own["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
         if self.block_configs is not None:
             own["block_configs"] = list(self.block_configs)
-        # transformers' Mistral has a window unless the file says that there is none.
+        # transformers gives Mistral a window unless the file says that there is none.
         window = {"sliding_window": None} if self.family.sliding_window else {}
         return {
             "architectures": [self.family.architecture],
@@ -226,7 +226,7 @@ class DecoderConfig:
 
 
 def _read_rope(left: dict[str, object]) -> None:
-    """Both spellings: ``rope_theta`` and ``rope_scaling``, or transformers 5's one object."""
+    """Read either spelling: ``rope_theta`` and ``rope_scaling``, or transformers 5's one object."""
     found: dict[str, object] = {}
     for name in _ROPE:
         if name in left:
@@ -292,7 +292,7 @@ def _check_layers(config: DecoderConfig) -> None:
 
 
 def _part(config: DecoderConfig, index: int, entry: object, part: str, size: str) -> int | None:
-    """KV heads of a block's attention or width of its FFN, or None where it is a no-op."""
+    """Key-value heads of a block's attention, or the width of its FFN; None if it is a no-op."""
     where = f"block_configs[{index}]"
     check_object(entry, where)
     if unknown := set(entry) - {"attention", "ffn"}:

@@ -1,4 +1,4 @@
-"""Nested models out of elastic ones: in memory, or from one checkpoint folder into another."""
+"""Cut nested models out of elastic ones, in memory or from one checkpoint folder into another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nemokernels.models.slicing import Cut, Ranges, Slicing, length, take
 
 __all__ = ["slice_checkpoint", "slice_model"]
 
-# Copied as they are: the vocabulary does not change.
+# The tokenizer's files are copied: the vocabulary does not change.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "generation_config.json", "chat_template.jinja")  # fmt: skip
 _LAYER = re.compile(
@@ -38,7 +38,7 @@ _LAYER = re.compile(
 
 
 def slice_model(model: CausalLM, widths: Mapping[str, object]) -> CausalLM:
-    """The nested model of the given widths, with copies of its part of the weights.
+    """The nested model of the given widths, with its part of the weights copied.
 
     Args:
         model: a ``nemotron_h`` model.
@@ -74,9 +74,9 @@ def slice_checkpoint(
 ) -> Slicing:
     """Write the nested model of the given widths as a checkpoint folder of its own.
 
-    Every tensor keeps its dtype; of FP8 and NVFP4 layers the scales of what stays are unchanged.
-    Tensors are read one by one, and no more than one shard of the result is in memory. The
-    tokenizer's files are copied. ``out`` is complete or not there.
+    Every tensor keeps its dtype, and FP8 and NVFP4 layers keep the scales of the part that stays.
+    Tensors are read one by one; at most one shard of the result is in memory. The tokenizer's files
+    are copied. ``out`` appears only once it is complete.
 
     Args:
         folder: a ``nemotron_h`` checkpoint.
@@ -85,7 +85,7 @@ def slice_checkpoint(
         max_shard_bytes: a shard is closed before it would exceed this.
 
     Returns:
-        What was done: the configurations ``parent`` and ``child``, and the layers that stayed.
+        The slicing: its configurations ``parent`` and ``child``, and the layers that stayed.
 
     Raises:
         ConfigError: the model has no such part; the message names the axis.
@@ -134,7 +134,7 @@ def _outputs(slicing: Slicing, opened: Opened, problems: Problems) -> list[Outpu
 
 
 def _stored(tensor: StoredTensor, leaf: str, cut: Cut, packed: bool) -> tuple[Ranges, ...]:
-    """The ranges of the tensor as it is stored, of ``cut``'s weight or of a scale beside it."""
+    """The ranges of a stored tensor that stay, for the weight of ``cut`` or a scale beside it."""
     blocks = packed and leaf == "weight_scale"
     if is_scale(f".{leaf}") and not blocks:
         return tuple(((0, size),) for size in tensor.shape)  # one for the whole layer
@@ -164,7 +164,7 @@ def _copied(folder: Path) -> dict[str, bytes]:
 
 
 def _renamed(slicing: Slicing, value: object, problems: Problems) -> object:
-    """A quantisation's declaration with the names of the nested model's layers."""
+    """A declaration of quantisation with the nested model's layer names."""
     if isinstance(value, dict):
         pairs = ((_module(slicing, key, problems), inner) for key, inner in value.items())
         return {key: _renamed(slicing, inner, problems) for key, inner in pairs if key is not None}
@@ -180,7 +180,7 @@ def _renamed(slicing: Slicing, value: object, problems: Problems) -> object:
 
 
 def _module(slicing: Slicing, name: str, problems: Problems) -> str | None:
-    """A layer's name, or a pattern of names, in the nested model; None: nothing of it stays."""
+    """A layer's name, or a pattern of names, in the nested model; None if nothing of it stays."""
     match, trunk = _LAYER.search(name), len(slicing.parent.pattern)
     if match is None or match["number"] == "*":
         return name

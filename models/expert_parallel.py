@@ -1,7 +1,7 @@
 """Experts over the ranks of a process group: rows travel to their experts and back.
 
-Rank p of N holds experts p * E / N to (p + 1) * E / N. Every rank routes tokens of its own, all of
-them, and no row is dropped or padded. T tokens, k slots each, X the experts' width.
+Rank p of N holds experts p * E / N to (p + 1) * E / N. Every rank routes its own tokens to all
+experts. No row is dropped or padded. T tokens, k slots each, X the experts' width.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def moe_experts_over(
     route: Route,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """:func:`nemokernels.moe_experts` with this rank's experts and, over the group, all tokens.
+    """:func:`nemokernels.moe_experts` with the experts spread over the ranks of ``group``.
 
-    Every rank of the group calls it together, forward and backward, with any number of tokens. An
-    expert computes the rows of rank 0 first, each rank's in the order of its slots; a token adds up
-    its slots in their order, so equal inputs give equal bits. The result of a slot is rounded to
-    x's dtype, as without a group; unlike there, its gradient is so too.
+    All ranks of the group must call it together, forward and backward, each with any number of
+    tokens. An expert computes the rows of rank 0 first, then of rank 1 and so on, each rank's in
+    the order of its slots; a token adds up its slots in order. So equal inputs give equal bits. As
+    without a group, the result of a slot is rounded to x's dtype; unlike there, so is its gradient.
 
-    Three exchanges: how many rows go where (the host waits for these numbers, so no CUDA graph can
-    hold the call), the rows, and what the experts return.
+    There are three exchanges: how many rows go where, the rows, and what the experts return. The
+    host waits for the first, so a CUDA graph cannot capture the call.
 
     Args:
         x: (T, X), this rank's tokens.
@@ -54,7 +54,7 @@ def moe_experts_over(
 
 
 def _arrived(counts: torch.Tensor, rows: int, weights: torch.Tensor) -> Route:
-    """The route of rows that arrived by rank and, of one rank, by expert: one slot of weight 1."""
+    """The route of rows that arrived sorted by rank, then by expert: one slot of weight 1 each."""
     ranks, local = counts.shape
     numbers = torch.arange(local, dtype=torch.int32, device=counts.device).repeat(ranks)
     experts = numbers.repeat_interleave(counts.flatten(), output_size=rows)
@@ -75,7 +75,7 @@ def _exchange(rows: torch.Tensor, sent: list[int], received: list[int], group) -
 
 
 class _Dispatch(torch.autograd.Function):
-    """A row per slot, sorted by expert, to the ranks that hold the experts."""
+    """Send one row per slot, sorted by expert, to the ranks that hold the experts."""
 
     @staticmethod
     def forward(ctx, x, slots, order, sent, received, group):
@@ -92,7 +92,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The rows back to their tokens: ``y_t = sum_j w_tj row_tj``."""
+    """Bring the rows back to their tokens: ``y_t = sum_j w_tj row_tj``."""
 
     @staticmethod
     def forward(ctx, rows, weights, order, sent, received, group):

@@ -1,4 +1,4 @@
-"""Which configuration a ``model_type`` has, and which model a configuration."""
+"""Which configuration belongs to a ``model_type``, and which model to a configuration."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ CONFIGS: dict[str, type[Config]] = {
 
 
 def parse_config(data: Mapping[str, object]) -> Config:
-    """The configuration that the fields of a config.json describe; its ``model_type`` says which.
+    """Read the fields of a config.json; their ``model_type`` decides which configuration it is.
 
-    Without a ``model_type`` it is ``nemotron_h``.
+    Without a ``model_type``, ``nemotron_h`` is assumed.
 
     Raises:
-        ConfigError: no such ``model_type`` is known, or a field is not as it must be.
+        ConfigError: the ``model_type`` is unknown, or a field is not as it must be.
     """
     check_object(data)
     model_type = data.get("model_type", "nemotron_h")
@@ -64,7 +64,7 @@ def read_config(path: str | Path) -> Config:
 
 
 def unwrapped(data: Mapping[str, object]) -> Mapping[str, object]:
-    """The fields of the language model inside a wrapper of another type; else ``data`` itself."""
+    """The language model's fields in a wrapper of unknown type; otherwise ``data`` itself."""
     refuse_sound(data)
     if data.get("model_type") == MODEL_TYPE:
         return data

@@ -1,4 +1,4 @@
-"""What the configurations have in common: reading a config.json and checking its fields."""
+"""What all configurations share: reading a config.json and checking its fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-MAX_SIZE = 1 << 24  # above every released size by a factor of 100; a damaged file exceeds it
+MAX_SIZE = 1 << 24  # 100 times any released size; only a damaged file exceeds it
 MAX_LAYERS = 4096
 
 
@@ -18,10 +18,10 @@ class ConfigError(ValueError):
 
 
 def read_file(path: str | Path, parse: Callable[[object], T]) -> T:
-    """What ``parse`` makes of a JSON file's content.
+    """Read a JSON file and return what ``parse`` makes of its content.
 
     Raises:
-        ConfigError: the file cannot be read, or from ``parse``; the message names the file.
+        ConfigError: the file cannot be read, or ``parse`` raised it; the message names the file.
     """
     try:
         data = json.loads(Path(path).read_bytes())
@@ -41,7 +41,7 @@ def check_object(data: object, name: str = "") -> None:
 
 
 def rename(data: dict[str, object], aliases: Mapping[str, str]) -> None:
-    """Give the fields that ``data`` has under an old name their new one; both must agree."""
+    """Rename fields of ``data`` that have an old name; if both are there, they must agree."""
     for old, new in aliases.items():
         if old in data:
             value = data.pop(old)
@@ -50,7 +50,7 @@ def rename(data: dict[str, object], aliases: Mapping[str, str]) -> None:
 
 
 def check_fixed(data: Mapping[str, object], fixed: Mapping[str, object]) -> None:
-    """Raise for a field that is there with another value than the one that is supported."""
+    """Raise if a field is there with a value other than the supported one."""
     for name, want in fixed.items():
         if data.get(name, want) != want:
             raise ConfigError(f"`{name}` is {show(data[name])}; only {want!r} is supported")

@@ -1,7 +1,7 @@
-"""Reading the files of a checkpoint folder without trusting them.
+"""Read the files of a checkpoint folder without trusting them.
 
-Only the safetensors library parses tensor files. JSON is size-limited and refused where a key
-repeats; a shard is a plain file directly in the folder. Nothing here reads tensor data.
+Only the safetensors library parses tensor files. JSON has a size limit and must not repeat a key. A
+shard must be a plain file directly in the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 class Problems:
-    """Everything wrong with a checkpoint, reported together."""
+    """Collects everything that is wrong with a checkpoint, to report it together."""
 
     def __init__(self, folder: Path):
         self.folder, self.found = folder, []
@@ -55,7 +55,7 @@ class Problems:
 
 
 class StoredTensor(NamedTuple):
-    """What a shard's header says of one tensor. ``dtype`` stays a string where torch has none."""
+    """A tensor as a shard's header describes it. ``dtype`` stays a string if torch has no such."""
 
     file: str
     name: str
@@ -83,7 +83,7 @@ class Shards:
         self._stack.close()
 
     def read(self, tensor: StoredTensor, box: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """The data of one tensor, or of what ``box`` cuts out of it, on the CPU."""
+        """The data of one tensor, or of the part that ``box`` cuts out, on the CPU."""
         file = self._open[tensor.file]
         return file.get_slice(tensor.name)[box] if box else file.get_tensor(tensor.name)
 
@@ -119,7 +119,7 @@ class Shards:
                 self._problems.add(f"{path.name}: a shard that {INDEX} does not mention")
 
     def _read_shard(self, file: str, listed: set[str] | None) -> None:
-        """Headers of one shard; ``listed`` is what the index says it holds."""
+        """Read a shard's headers; ``listed`` is what the index says it holds."""
         reason = unsafe(self._folder, file)
         if reason is not None:
             self._problems.add(f"{file!r}: {reason}")
@@ -147,7 +147,7 @@ class Shards:
 
 
 def read_bytes(folder: Path, name: str) -> bytes:
-    """The content of a small file of the folder; CheckpointError if there is none."""
+    """The content of a small file of the folder; CheckpointError if it cannot be read."""
     reason = unsafe(folder, name)
     if reason is not None:
         raise CheckpointError(f"{folder / name}: {reason}")
@@ -175,8 +175,8 @@ def read_json(folder: Path, name: str) -> dict:
 def unsafe(folder: Path, file: str) -> str | None:
     """Why ``folder/file`` must not be opened, or None.
 
-    A symbolic link may only lead inside the folder, or, where the folder is a snapshot of the
-    Hugging Face cache (``<repo>/snapshots/<revision>``), to that repository's ``blobs``.
+    A symbolic link may only lead to a file inside the folder or, if the folder is a snapshot in the
+    Hugging Face cache (``<repo>/snapshots/<revision>``), into that repository's ``blobs``.
     """
     if not file or "/" in file or "\\" in file or file in (".", ".."):
         return "not a plain file name; a checkpoint's files lie directly in its folder"

@@ -1,4 +1,4 @@
-"""The GPT-3 kind of decoder: BLOOM with ALiBi, MT-NLG with learned positions.
+"""Decoders like GPT-3: BLOOM with ALiBi, MT-NLG with learned positions.
 
 A layer is ``x + attention(norm(x))`` followed by ``x + mlp(norm(x))``, with biases throughout.
 Module names are the tensor names of BLOOM's checkpoints. Shapes: B rows, T tokens, H heads.
@@ -23,11 +23,11 @@ __all__ = ["GPT"]
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor:
-    """How fast each head's scores fall with the distance, (H,) float32.
+    """How fast each head's scores fall with distance, (H,) float32.
 
-    Of n heads, n a power of two, head i = 1 ... n falls by ``2 ** (-8 i / n)`` per token. Of other
-    numbers, the first n (the power of two below) have these slopes and the rest every second one
-    of 2 n heads: ``2 ** (-4 j / n)``, j = 1, 3, 5, ...
+    For n heads, n a power of two, the slope of head i = 1 ... n is ``2 ** (-8 i / n)`` per token.
+    For other numbers of heads, let n be the power of two below: the first n heads have these
+    slopes, the others every second slope of 2 n heads, ``2 ** (-4 j / n)`` for j = 1, 3, 5, ...
 
     Source: Press et al., "Train short, test long", 2022, and its reference implementation.
     """
@@ -61,7 +61,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = Linear(inner, width, bias=True, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # torch rounds the tail of a vector's GELU differently from its body: a row on its own.
+        # torch rounds the tail of a vector's GELU differently from its body, hence row by row.
         return each_row(self._rows, x)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,10 +69,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with its norm. The last sum happens in the next norm.
+    """Attention and MLP, each with its norm. The next layer's norm does the last addition.
 
-    Takes ``(x, residual)``, the output of the layer before and the stream it is to be added to
-    (None at first), and returns the same pair.
+    Takes and returns ``(x, residual)``: the output of the layer before, and the residual stream
+    that it has still to be added to (None in the first layer).
     """
 
     def __init__(self, config: GPTConfig, index: int, **kwargs):
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
 
 
 class GPT(CausalLM):
-    """A language model of the GPT-3 kind.
+    """A language model like GPT-3.
 
     Args:
         config: its sizes.

@@ -1,7 +1,8 @@
-"""GPTConfig: config.json of the GPT-3 kind of decoder, checked once: BLOOM and MT-NLG.
+"""GPTConfig: the checked config.json of a decoder like GPT-3: BLOOM and MT-NLG.
 
-LayerNorms and linear layers with biases, an FFN four times as wide as the model, one key-value head
-per query head, a head tied to the embeddings. What differs is in :data:`FAMILIES`.
+Both have LayerNorms and linear layers with biases, an FFN four times as wide as the model, one
+key-value head per query head and a head tied to the embeddings. They differ in the fields of
+:data:`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["GPTConfig"]
 
 
 class Family(NamedTuple):
-    """What a ``model_type`` says without a field for it."""
+    """What a ``model_type`` implies without a field of its own."""
 
     architecture: str | None  # transformers' class, if it has one
     alibi: bool  # positions as a bias of the scores, and a norm after the embeddings; or learned
@@ -45,7 +46,7 @@ _ALIASES = {
     "num_attention_heads": "n_head",
 }
 _NEEDED = ("vocab_size", "hidden_size", "n_layer", "n_head", "layer_norm_epsilon", "hidden_act")
-# A different value would change the result and no released model has one: refused, not ignored.
+# No released model has another value. It would change the result, so it is refused.
 _FIXED = {
     "tie_word_embeddings": True,
     "apply_residual_connection_post_layernorm": False,
@@ -58,8 +59,8 @@ _FIXED = {
 class GPTConfig:
     """Sizes and constants of one GPT, named as in BLOOM's config.json.
 
-    ``max_position_embeddings`` is how many positions are learned; None with ALiBi. ``extra`` keeps
-    every field of the file that is not interpreted here.
+    ``max_position_embeddings`` is the number of learned positions; None with ALiBi. ``extra`` keeps
+    the fields of the file that are not interpreted here.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -140,7 +141,7 @@ class GPTConfig:
         if family.activation is not None:
             check_fixed(left, {"hidden_act": family.activation})
             left["hidden_act"] = family.activation
-        if family.alibi:  # a length in the file is that of the training and sizes nothing
+        if family.alibi:  # a length in the file is the training's and sizes nothing
             known.remove("max_position_embeddings")
         for name in _NEEDED:
             if name not in left:
