@@ -59,12 +59,17 @@ def parse_config(data: Mapping[str, object]) -> Config:
 
 
 def read_config(path: str | Path) -> Config:
-    """Read a config.json file of any family; errors as :func:`parse_config`."""
-    return read_file(path, parse_config)
+    """Read a config.json file of any family, or of a wrapper whose language model is one.
+
+    Raises:
+        ConfigError: as :func:`parse_config`.
+    """
+    return read_file(path, lambda data: parse_config(unwrapped(data)))
 
 
 def unwrapped(data: Mapping[str, object]) -> Mapping[str, object]:
     """The language model's fields in a wrapper of unknown type; otherwise ``data`` itself."""
+    check_object(data)
     refuse_sound(data)
     if data.get("model_type") == MODEL_TYPE:
         return data

@@ -30,6 +30,7 @@ import torch
 
 from nemokernels.models.config import WORDS, NemotronHConfig
 from nemokernels.models.fields import ConfigError, check_object, check_type, show
+from nemokernels.models.reward_config import RewardConfig
 
 __all__ = ["Cut", "Slicing", "take"]
 
@@ -86,7 +87,8 @@ class Slicing:
 
     def __init__(self, parent: NemotronHConfig, widths: Mapping[str, object]):
         if type(parent) is not NemotronHConfig:
-            raise ConfigError(f"only nemotron_h can be sliced, not {parent.model_type}")
+            kind = "a reward model" if isinstance(parent, RewardConfig) else parent.model_type
+            raise ConfigError(f"only nemotron_h can be sliced, not {kind}")
         check_object(widths, "widths")
         self.parent, self._letters = parent, parent.pattern + parent.mtp_pattern
         widths = dict(widths)

@@ -158,6 +158,8 @@ class NemotronVLConfig:
                 "`num_nextn_predict_layers`: multi-token prediction after images is not supported"
             )
 
+    model_type = MODEL_TYPE
+
     # What the trainer, the generator and the loader ask of any configuration.
     @property
     def vocab_size(self) -> int:

@@ -196,6 +196,8 @@ def test_command_reads_a_folder(capsys, monkeypatch, tmp_path):
     for name in (tmp_path, path):
         code, out, _ = run(capsys, name)
         assert code == 0 and f"{names.element_count(config):,}" in out and "tensors │ 19" in out
+    path.write_text(json.dumps({"model_type": "speaks", "text_config": fields}))
+    assert f"{names.element_count(config):,}" in run(capsys, tmp_path)[1]
     code, out, _ = run(capsys, tmp_path, "--memory", "--precision", "bf16")
     assert code == 0 and "1 x 8,192 tokens" in out
     assert run(capsys, tmp_path / "absent.json")[0] == 2

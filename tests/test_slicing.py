@@ -8,8 +8,15 @@ import hybrids
 import pytest
 import torch
 import torch.nn.functional as F
+import vl
 
-from nemokernels.models import ConfigError, from_pretrained, generate, save_pretrained
+from nemokernels.models import (
+    ConfigError,
+    RewardConfig,
+    from_pretrained,
+    generate,
+    save_pretrained,
+)
 from nemokernels.models.elastic import slice_model
 from nemokernels.models.slicing import Slicing, take
 
@@ -295,6 +302,10 @@ def test_refusals_of_models():
     for family in ("llama", "mamba2"):
         with pytest.raises(ConfigError, match=f"only nemotron_h can be sliced, not {family}"):
             Slicing(families.config(family), {})
+    with pytest.raises(ConfigError, match="sliced, not NemotronH_Nano_VL_V2"):
+        Slicing(vl.config(), {})
+    with pytest.raises(ConfigError, match="sliced, not a reward model"):
+        Slicing(RewardConfig(hybrids.config("M"), "score"), {})
 
 
 def test_widths_are_json():

@@ -335,6 +335,10 @@ def test_generation_ends_where_the_configuration_says(capsys, folder, tmp_path, 
         (["x", "--image", "{f}/absent.png"], "absent.png: cannot be read"),
         (["x", "y", "--image", "{f}/a.png"], "take one prompt, got 2"),
         (["<image>", "--video", "{f}/b.gif"], "has 1 <image> for 0"),
+        (["<image> what?"], "has 1 <image> for 0"),
+        (["<video> what?", "--image", "{f}/a.png"], "has 0 <image> for 1"),
+        (["x", "--image", "{f}/a.png", "--video-fps", "3"], "--video-fps is about a --video"),
+        (["x", "--video-pruning-rate", "0.5"], "--video-pruning-rate is about a --video"),
         (["x", "--video", "{f}/b.gif", "--video-fps", "0"], "`fps` must be positive"),
         (["x", "--video", "{f}/b.gif", "--video-pruning-rate", "1"], "`rate` must be in"),
         (["x", "--image", "{f}/model/config.json"], "config.json: not a usable picture"),
@@ -344,6 +348,16 @@ def test_mistakes_are_one_line(capsys, folder, args, message):
     args = [a.format(f=folder) for a in args]
     code, _, err = run(capsys, "generate", folder / "model", "--prompt", *args)
     assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_models_counts_what_only_the_tensors_say(capsys, tmp_path):
+    folder, values = write(tmp_path / "a", tensors()), tensors()
+    count = sum(v.numel() for n, v in values.items() if "conditioner" not in n and "idxs" not in n)
+    code, out, _ = run(capsys, "models", folder)
+    assert code == 0 and f"{count:,}" in out and "NemotronH_Nano_VL_V2" in out
+    assert run(capsys, "models", folder, "--memory")[0] == 0
+    code, _, err = run(capsys, "models", folder / "config.json")
+    assert code == 2 and "`vision_config.num_prefix_tokens` is not known" in err
 
 
 def test_the_image_token_comes_from_the_tokenizer_or_the_user(capsys, folder, tmp_path):

@@ -180,6 +180,14 @@ def look(
     )
 
 
+def _marked(model: CausalLM, prompt: tuple[str, ...]) -> bool:
+    """Whether a prompt has a place for a picture or video."""
+    if not isinstance(model, NemotronVL):
+        return False
+    markers = (model.config.img_context_token, model.config.video_context_token)
+    return any(marker in text for marker in markers for text in prompt)
+
+
 def generate(
     folder: Annotated[Path, tyro.conf.Positional],
     prompt: tuple[str, ...],
@@ -220,11 +228,14 @@ def generate(
     """
     if not prompt:
         raise DataError("--prompt names no text; give at least one")
+    for option, given in (("--video-fps", video_fps), ("--video-pruning-rate", video_pruning_rate)):
+        if given is not None and not video:
+            raise DataError(f"{option} is about a --video, and there is none")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = from_pretrained(folder, device=default_device())
     configs = (model.config, getattr(model.config, "llm_config", model.config))
     features = None
-    if image or video:
+    if image or video or _marked(model, prompt):
         options = {"video_fps": video_fps, "video_pruning_rate": video_pruning_rate}
         seen = look(model, tokenizer, prompt, image, video, image_token_id, **options)
         ids, features = [seen.tokens], seen.image_features

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemokernels.models import (
+    NemotronVLConfig,
     Variant,
     find_variant,
     list_variants,
@@ -18,6 +19,7 @@ from nemokernels.models import (
     read_config,
     slice_checkpoint,
 )
+from nemokernels.models.checkpoint import open_checkpoint
 from nemokernels.models.fields import check_object, read_file
 from nemokernels.models.memory import PRECISIONS, Memory, gpus_needed, precision_of
 from nemokernels.models.memory import memory as count_memory
@@ -187,6 +189,9 @@ def _described(name: str) -> Variant:
     if path.suffix != ".json":
         return find_variant(name)
     config = read_config(path)
+    if isinstance(config, NemotronVLConfig) and Path(name).is_dir():
+        with open_checkpoint(name) as opened:  # its tensors say the rest
+            config = opened.config
     tensors = sum(1 for _ in names.tensor_shapes(config))
     return Variant(name, config.model_type, None, parameters=names.element_count(config),
                    tensors=tensors, config=config)  # fmt: skip
