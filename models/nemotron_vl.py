@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from nemokernels import relu2
 from nemokernels._checks import check, check_tensor
@@ -131,7 +132,8 @@ class NemotronVL(CausalLM):
         Args:
             tokens: (B, T); those that equal ``image_token_id`` are the places of images.
             image_features: (n, N, H) or (m, H), in the order of these places row by row, as many
-                as there are. None: every token has its own embedding.
+                as there are (not checked under ``torch.compile``). None: every token has its own
+                embedding.
             context: as :meth:`CausalLM.hidden`.
         """
         if image_features is None:
@@ -149,12 +151,14 @@ class NemotronVL(CausalLM):
             dims="(..., H)",
         )
         places = tokens == self.image_token_id
-        count, vectors = int(places.sum()), image_features.flatten(0, -2)
-        check(
-            "NemotronVL",
-            len(vectors) == count,
-            f"`image_features` are {len(vectors)} vectors for {count} image tokens",
-        )
+        vectors = image_features.flatten(0, -2)
+        if not is_compiling():
+            count = int(places.sum())
+            check(
+                "NemotronVL",
+                len(vectors) == count,
+                f"`image_features` are {len(vectors)} vectors for {count} image tokens",
+            )
         embedded = self.trunk.embeddings(tokens)
         embedded = embedded.masked_scatter(places[..., None], vectors.to(embedded.dtype))
         return self.language_model.hidden(tokens, embedded=embedded, **context)

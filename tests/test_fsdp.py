@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import families
 import fsdp_worker
 import on_ranks
 import pytest
@@ -17,7 +18,7 @@ from nemokernels.train.trainer import Trainer
 torchrun = functools.partial(on_ranks.torchrun, Path(fsdp_worker.__file__))
 
 
-OTHERS = ["nemotron-nas", "bloom", "hymba", "vision", "reward"]
+OTHERS = [*families.FAMILIES, "vision", "reward"]
 
 
 @pytest.fixture(scope="module")
