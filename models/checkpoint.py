@@ -35,7 +35,7 @@ from nemokernels.models.files import (
     read_json,
 )
 from nemokernels.models.init import assign, zero_counters
-from nemokernels.models.kept import keep
+from nemokernels.models.kept import check_activations, keep
 from nemokernels.models.names import Layout, TensorSpec
 from nemokernels.models.quantization import (
     Quantization,
@@ -77,6 +77,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     reward_head: str | None = None,
     keep_quantized: bool = False,
+    activations: str | None = None,
 ) -> CausalLM:
     """Load a checkpoint folder in the Hugging Face layout.
 
@@ -99,12 +100,15 @@ def from_pretrained(
             routed experts of a layer if they are all in NVFP4, or all in FP8 with activation scales
             (W8A8). The rest is dequantised. ``model.quantization.kept`` names what stays. No
             parameter requires a gradient, and the model cannot be saved.
+        activations: "nvfp4" lets kept NVFP4 layers that have activation scales run in W4A4, on a
+            GPU with block-scaled matrix units. ``model.quantization.w4a4`` names them.
 
     Returns:
         The model, in evaluation mode. ``model.file_dtypes`` records the dtypes of the file, which
         :func:`~nemokernels.models.save_pretrained` restores.
 
     Raises:
+        ValueError, RuntimeError: ``activations`` are asked for and not possible on the device.
         CheckpointError: the folder, a file, a tensor or the configuration is not as it must be. The
             message lists every problem (the first 20 in full). Nothing has been allocated then.
     """
@@ -113,10 +117,11 @@ def from_pretrained(
         raise ValueError("from_pretrained: `device` is meta, expected a device that holds data")
     if dtype is not None and dtype not in MODEL_DTYPES:
         raise TypeError(f"from_pretrained: `dtype` is {dtype}, expected a floating model dtype")
+    check_activations("from_pretrained", activations, keep_quantized, device)
     with open_checkpoint(folder, reward_head) as (config, plan, shards, scalars):
         model = build(config, device="meta", dtype=dtype or plan.dtype)
         try:
-            _fill(model, plan, shards, scalars, device, dtype, keep_quantized)
+            _fill(model, plan, shards, scalars, device, dtype, keep_quantized, activations)
         except ValueError as error:  # only a quantised tensor's values can show this
             raise CheckpointError(f"{folder}: {error}") from error
     return model.requires_grad_(False).eval() if keep_quantized else model.eval()
@@ -325,6 +330,7 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype | None,
     keep_quantized: bool,
+    activations: str | None,
 ) -> None:
     """Give every meta tensor of the model memory and read the checkpoint into it."""
     meta = model.state_dict()
@@ -335,10 +341,11 @@ def _fill(
     remember(model, plan, shards)
     filled: dict[str, torch.Tensor] = {}
     sources = plan.sources
-    if keep_quantized and plan.quantization is not None:
+    if keep_quantized and (plan.quantization is not None or activations):
         read = partial(_part, plan, shards, scalars)
-        gone = keep(model, sources, read, device, dtype or plan.dtype)
+        gone, w4a4 = keep(model, sources, read, device, dtype or plan.dtype, activations)
         plan.quantization.kept = frozenset(s.module for s in sources if s.target in gone)
+        plan.quantization.w4a4 = frozenset(s.module for s in sources if s.target in w4a4)
         sources = [source for source in sources if source.target not in gone]
     with torch.no_grad():
         for source in sources:

@@ -36,12 +36,14 @@ class Quantization:
             but for those in ``kept``.
         input_scales: module name -> static activation scale (x is quantised as x / scale).
         kv_scales: module name of a k_proj or v_proj -> scale of its FP8 cache.
+        w4a4: those of ``kept`` that multiply activations in NVFP4 too.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     input_scales: dict[str, float] = field(default_factory=dict)
     kv_scales: dict[str, float] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    w4a4: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_fp8_experts_without_activation_scales_are_dequantised(tmp_path, scale):
 def test_a_layer_with_a_bias_is_dequantised():
     model = torch.nn.ModuleDict({"up_proj": Linear(16, 16, bias=True)})
     source = SimpleNamespace(target="up_proj.weight", algorithm="NVFP4")
-    assert keep(model, [source], None, torch.device("cpu"), torch.float32) == set()
+    assert keep(model, [source], None, torch.device("cpu"), torch.float32) == (set(), set())
     assert isinstance(model["up_proj"], Linear)
 
 
