@@ -208,6 +208,14 @@ def test_top_p_boundary_and_out_of_range_values():
     assert keep(2, 0.66) == 1 and keep(2, 0.67) == 2  # of the mass that top-k left
 
 
+def test_top_p_adds_up_in_float64():
+    """The first two hold more than the share by less than float32 can tell beside one."""
+    logits = torch.tensor([0.0, -25.0, -26.0]).mul(math.log(2))[None, None]
+    share = (1 + 2.0**-26) / (1 + 2.0**-25 + 2.0**-26)
+    knobs = torch.ones(1), None, torch.tensor([share], dtype=torch.float64)
+    assert (ref.target(logits, logits.amax(-1), *knobs) > 0).tolist() == [[[True, True, False]]]
+
+
 def test_the_batch_a_request_sits_in_changes_nothing():
     logits, picks, probs = problem(12, 3, 50, dtype=torch.float32)
     lengths = torch.tensor([3, 0, 1, 2] * 3, dtype=torch.int32)
