@@ -1,9 +1,9 @@
 """Hymba: every layer runs attention and Mamba-1 side by side on one projection of its input.
 
 A layer is ``x + mixer(norm(x))`` followed by ``x + ffn(norm(x))``. ``meta_tokens`` learned vectors
-stand before every sequence: they take positions 0, 1, ..., the tokens those after them. Tensor
-names are this package's own, after the module names of the published block, as those of the
-published checkpoint are not known. Shapes: B rows, T tokens, D width of either branch.
+stand before every sequence: they take the first positions, the tokens those after them. The
+published checkpoint's tensor names are not known; those used here follow the module names of the
+published block. Shapes: B rows, T tokens, D width of either branch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 class Mixer(nn.Module):
     """``out_proj((norm1(attention) + norm2(mamba)) / 2)``.
 
-    The rows of ``in_proj`` are queries, keys, values, the Mamba branch's input and its gate. A
-    layer that attends to another's keys and values has none of its own.
+    The rows of ``in_proj`` give queries, keys, values, the Mamba branch's input and its gate. A
+    layer that attends to another layer's keys and values has no rows for its own.
     """
 
     def __init__(self, config: HymbaConfig, index: int, **kwargs):
@@ -70,12 +70,13 @@ class Mixer(nn.Module):
         return self._padded(rotate(x.unflatten(-1, (-1, self.config.qk_head_dim)), rope))
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
-        # Attention takes one head size. Zeros change no score, and are cut off the values again.
+        # Attention takes one head size, so the narrower side is padded. Zeros change no score;
+        # those of the values are cut off again.
         return F.pad(x, (0, self.config.head_dim - x.shape[-1]))
 
 
 class Layer(nn.Module):
-    """Mixer and FFN, each with its norm. The last sum happens in the next norm."""
+    """Mixer and FFN, each with its norm. The next layer's norm does the last addition."""
 
     def __init__(self, config: HymbaConfig, index: int, **kwargs):
         super().__init__()
@@ -126,8 +127,8 @@ class Hymba(Decoder):
     def new_state(self, slots: int, max_length: int, **options) -> State:
         """Room for ``slots`` sequences of up to ``max_length`` tokens; see :class:`State`.
 
-        Every slot begins with what the meta tokens leave behind, computed here with the model's
-        present weights. ``max_length`` and the state's lengths do not count them.
+        Every slot begins with the state that the meta tokens leave behind, computed now with the
+        model's present weights. ``max_length`` and the state's lengths do not count them.
         """
         state = super().new_state(slots, max_length, **options)
         meta = self.model.meta_tokens

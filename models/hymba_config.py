@@ -1,8 +1,8 @@
-"""HymbaConfig: the sizes of a Hymba model, checked once.
+"""HymbaConfig: the checked sizes of a Hymba model.
 
-The published config.json was not available in full: its head sizes, rope_theta, vocabulary and
-tying are not known here, nor are its names for the Mamba branch. The fields below are this
-package's own where no published name is known.
+The published config.json was not available in full. Its head sizes, rope_theta, vocabulary and
+tying are not known here, nor are its names for the Mamba branch. Where no published name is known,
+the field names are this package's own.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class HymbaConfig(Mamba1Sizes):
     """Sizes and constants of one Hymba model.
 
     Attributes:
-        qk_head_dim, v_head_dim: of a head's queries and keys, and of its values. All heads' values
-            side by side are as wide as the Mamba branch, ``expand * hidden_size``.
+        qk_head_dim, v_head_dim: sizes of a head's queries and keys, and of its values. The values
+            of all heads together are as wide as the Mamba branch, ``expand * hidden_size``.
         meta_tokens: learned vectors before every sequence, visible to all its tokens.
-        sliding_window: keys a query sees, its own included, the meta tokens aside.
+        sliding_window: keys that a query sees, its own included, the meta tokens not counted.
         global_attn_layers: layers whose attention sees every key.
-        kv_reuse_groups: runs of layers that attend to the keys and values of their first one, and
-            project none of their own. Only so does the released model have the 1.52B parameters
-            that are stated, and only with a gated FFN.
-        extra: every field of the file that is not interpreted here.
+        kv_reuse_groups: groups of layers that attend to the keys and values of their first one and
+            project none of their own. Only with these groups and a gated FFN does the released
+            model have the stated 1.52B parameters.
+        extra: the fields of the file that are not interpreted here.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -87,23 +87,23 @@ class HymbaConfig(Mamba1Sizes):
 
     @property
     def kv_heads(self) -> dict[int, int]:
-        """Layer -> key-value heads, of those that project their own."""
+        """Layer that projects keys and values of its own -> its key-value heads."""
         return {i: self.num_key_value_heads for i, own in enumerate(self.sources) if i == own}
 
     @cached_property
     def sources(self) -> tuple[int, ...]:
-        """Of every layer, the one whose keys and values it attends to."""
+        """For every layer, the one whose keys and values it attends to."""
         first = {layer: group[0] for group in self.kv_reuse_groups for layer in group}
         return tuple(first.get(layer, layer) for layer in range(self.num_hidden_layers))
 
     @property
     def head_dim(self) -> int:
-        """Of a cached key or value; the narrower of the two is padded with zeros."""
+        """Size of a cached key or value; the narrower of the two is padded with zeros."""
         return max(self.qk_head_dim, self.v_head_dim)
 
     @property
     def rotary_dim(self) -> int:
-        """How many of a query's or key's channels are rotated: all."""
+        """How many channels of a query or key are rotated: all."""
         return self.qk_head_dim
 
     @property

@@ -1,6 +1,6 @@
-"""Pictures and clips to normalised tiles: reading with pillow, the tiling, the choice of frames.
+"""Turn pictures and clips into normalised tiles: reading with pillow, tiling, choice of frames.
 
-pillow is imported on first use, so that a model of text needs none.
+pillow is imported on first use, so that text models do not need it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 MAX_TILES = 12  # beside the thumbnail
 MAX_FRAMES = 128
-FPS = 2.0  # frames that the model sees of a second
+FPS = 2.0  # frames per second that the model sees
 
 
 class ImageError(ValueError):
@@ -44,7 +44,7 @@ class ImageError(ValueError):
 
 
 class Clip(NamedTuple):
-    """The sampled frames of a video, and the second of each (None: not known)."""
+    """The sampled frames of a video, and each one's time in seconds (None if not known)."""
 
     frames: list[Image]
     seconds: list[float] | None = None
@@ -53,29 +53,29 @@ class Clip(NamedTuple):
 def load_image(path: str | os.PathLike) -> Image:
     """Read a picture as 8-bit RGB, in the orientation in which it is stored.
 
-    Grey, palette and CMYK pictures are converted. Samples of 16 or 32 bits are refused, as their
-    range is not known, and so are transparent pixels, as what shines through is not; an alpha
-    channel that is opaque everywhere is dropped.
+    Grey, palette and CMYK pictures are converted. Pictures with 16 or 32 bits per sample are
+    refused, as their range is not known, and so are transparent pixels, as their background is not.
+    An alpha channel that is opaque everywhere is dropped.
 
     Raises:
-        ImageError: it is not a picture pillow reads, is damaged, too large, or refused.
+        ImageError: pillow cannot read it, or it is damaged, too large or refused.
     """
     with _opened(path) as image:
         return _rgb(path, image)
 
 
 def load_clip(path: str | os.PathLike, *, fps: float | None = None) -> Clip:
-    """Read a video: a folder with one picture per frame, in the order of names, or a GIF or APNG.
+    """Read a video: a folder of frames, one picture each in order of names, or a GIF or APNG.
 
     Two frames per second are taken, at most 128; see :func:`frame_indices`.
 
     Args:
-        path: the folder or file. One frame is a video too.
-        fps: frames per second of the source. None: what an animation's durations say; without
-            these, every frame counts as sampled, and the seconds are not known.
+        path: the folder or file. A single frame is a video too.
+        fps: frames per second of the source. None: taken from an animation's durations; if there
+            are none, every frame is used, and the times are not known.
 
     Raises:
-        ImageError: there are no frames, they differ in size, or as :func:`load_image`.
+        ImageError: there are no frames, or they differ in size; also as :func:`load_image`.
     """
     check("load_clip", fps is None or 0 < fps < float("inf"), f"`fps` must be positive, got {fps}")
     if Path(path).is_dir():
@@ -88,15 +88,15 @@ def load_clip(path: str | os.PathLike, *, fps: float | None = None) -> Clip:
         frames, chosen, fps = _animation(path, fps)
     if len({frame.size for frame in frames}) > 1:
         raise ImageError(f"{path}: frames differ in size")
-    # Times are multiples of whole milliseconds per frame, as in the published pipelines.
+    # As in the published pipelines, a frame lasts a whole number of milliseconds.
     seconds = [index * int(1000 / fps) / 1000 for index in chosen] if fps else None
     return Clip(frames, seconds)
 
 
 def frame_indices(frames: int, fps: float) -> list[int]:
-    """Which frames the model sees: two per second, and of longer videos 128, evenly spread.
+    """Indices of the frames that the model sees: two per second, but at most 128, evenly spread.
 
-    From a slower source every frame.
+    A slower source keeps every frame.
     """
     check("frame_indices", frames >= 1, f"`frames` must be at least 1, got {frames}")
     step = max(fps / FPS, frames / MAX_FRAMES, 1.0)
@@ -107,11 +107,11 @@ def frame_indices(frames: int, fps: float) -> list[int]:
 def tile_grid(
     width: int, height: int, *, tile: int = 512, max_tiles: int = MAX_TILES
 ) -> tuple[int, int]:
-    """Columns and rows of tiles for a picture: the ratio nearest to its own.
+    """Columns and rows of tiles for a picture: those whose ratio is nearest to its own.
 
-    Of all grids of 1 to ``max_tiles`` tiles the one with the smallest |width / height - columns /
-    rows|. Of equals the largest of which the picture covers more than half the pixels, or else the
-    smallest.
+    Of all grids of 1 to ``max_tiles`` tiles this is the one with the smallest |width / height -
+    columns / rows|. Among equals it is the largest with less than twice the picture's pixels, or
+    else the smallest.
 
     Source: the dynamic resolution of InternVL (Chen et al., 2024).
     """
@@ -137,8 +137,9 @@ def tile_pixels(
 ) -> torch.Tensor:
     """The normalised tiles of a picture, (n, 3, S, S) float32: row by row, then the thumbnail.
 
-    The picture is stretched to its :func:`tile_grid` by pillow's bicubic filter, in 8 bits, and
-    cut. With more than one tile a thumbnail of the whole follows, if the configuration wants it.
+    The picture is stretched to its :func:`tile_grid` by pillow's bicubic filter, in 8 bits, and cut
+    into tiles. If there are several, a thumbnail of the whole follows, if the configuration asks
+    for one.
 
     Raises:
         ImageError: the picture is not RGB, or has no pixels.
@@ -217,7 +218,7 @@ def _opened(path: str | os.PathLike) -> Image:
 def _animation(
     path: str | os.PathLike, fps: float | None
 ) -> tuple[list[Image], list[int], float | None]:
-    """The sampled frames of a file, their numbers, and the rate of the source."""
+    """The sampled frames of a file, their indices, and the frame rate of the source."""
     with _opened(path) as image:
         count = getattr(image, "n_frames", 1)
         if fps is None:
@@ -242,7 +243,7 @@ def _seek(path: str | os.PathLike, image: Image, index: int) -> None:
 
 
 def _rgb(path: str | os.PathLike, image: Image) -> Image:
-    """The picture (or the frame it is at) as RGB, a copy."""
+    """A copy of the picture, or of its current frame, in RGB."""
     if 0 in image.size:
         raise ImageError(f"{path}: has {image.width} x {image.height} pixels")
     # "RGB;16B" is 16 bits per channel; "BGR;16" is 16 bits per pixel, which pillow expands rightly.

@@ -24,18 +24,18 @@ _INTO_RESIDUAL = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj", "dense",
 def reset_parameters(model: nn.Module) -> None:
     """Fill every parameter and buffer of a model of any family.
 
-    Linear layers, experts, routers and embeddings: normal(0, initializer_range). Weights that write
-    into the residual stream are divided by the square root of the number of layers (the scheme of
-    GPT-2) if the config's ``rescale_prenorm_residual`` says so; an MTP block counts its own layers.
-    Mamba: step sizes log-uniform in [time_step_min, time_step_max] and not below time_step_floor, D
-    one. A is uniform in [1, 16] in Mamba-2; in Mamba-1 it is 1, 2, ... along the state, and the
-    projection of the steps is uniform in +- 1 / sqrt(its inputs). Norms multiply by one; biases and
-    buffers are zero, but for FP8's scales.
+    Linear layers, experts, routers and embeddings are drawn from normal(0, initializer_range).
+    Weights that write into the residual stream are divided by the square root of the number of
+    layers (as in GPT-2) if the config's ``rescale_prenorm_residual`` says so; for the MTP block,
+    its own layers count. Mamba's step sizes are log-uniform in [time_step_min, time_step_max] and
+    at least time_step_floor; D is one. A is uniform in [1, 16] in Mamba-2; in Mamba-1 it is 1, 2,
+    ... along the state, and the projection of the steps is uniform in +- 1 / sqrt(its inputs).
+    Norms multiply by one. Biases and buffers are zero, except FP8's scales.
 
-    From the same seed a sharded model gets the values of the whole one: every rank draws all
-    numbers and keeps its own. Beside its part a rank needs memory for one tensor, or one expert.
+    With the same seed a sharded model gets the values of the whole one: every rank draws all
+    numbers and keeps its own. It needs memory for its part and one whole tensor, or one expert.
     """
-    unit = {  # what a norm stores to multiply by one
+    unit = {  # what each kind of norm stores to multiply by one
         f"{path}.weight": 1 - getattr(module, "offset", 0)
         for path, module in model.named_modules()
         if isinstance(module, (RMSNorm, LayerNorm))
@@ -50,7 +50,7 @@ def reset_parameters(model: nn.Module) -> None:
 
 
 def reset_buffers(model: nn.Module) -> None:
-    """Zero every buffer; FP8's scales are one."""
+    """Set every buffer to zero, and FP8's scales to one."""
     for buffer in model.buffers():
         buffer.zero_()
     for module in model.modules():
@@ -59,7 +59,7 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """What this rank holds of a sharded tensor (all of any other), and where in the whole it is."""
+    """This rank's part of a tensor (all of it if not sharded), and where in the whole it lies."""
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, size) for size in tensor.shape)
     sizes, starts = compute_local_shape_and_global_offset(
@@ -85,7 +85,7 @@ def _draw(
 
 
 def _rule(name: str, parameter: nn.Parameter, c) -> Callable[[torch.Tensor], object]:
-    """What fills the parameter of this name, which is no norm's."""
+    """The function that fills the parameter of this name; norms aside."""
     layers = len(c.mtp_pattern) if name.startswith("mtp.") else c.depth
     leaf = name.removesuffix(".weight").rpartition(".")[2]
     if leaf == "D":
@@ -119,14 +119,14 @@ def _init_steps(bias: torch.Tensor, config) -> None:
 
 
 def zero_counters(model: nn.Module, device: torch.device) -> None:
-    """Give the buffers that are not part of a checkpoint, still on meta, their zeros."""
+    """Replace buffers on meta that are not part of a checkpoint by zeros."""
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             assign(model, name, torch.zeros_like(buffer, device=device))
 
 
 def assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put ``value`` in the place of the model's parameter or buffer of this name."""
+    """Replace the model's parameter or buffer of this name by ``value``."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

@@ -1,4 +1,4 @@
-"""The Mamba-1 mixer: a layer of its own, or one branch of a layer with attention beside it.
+"""The Mamba-1 mixer: a whole layer, or one branch of a layer beside attention.
 
 Module names are the tensor names of the published checkpoints. Shapes: B rows, T tokens, D inner
 channels, N state size, R rank of the step sizes.
@@ -19,10 +19,11 @@ __all__ = ["Mamba1", "SelectiveScan"]
 
 
 class SelectiveScan(Wide):
-    """From x and gate (B, T, D) to the gated output (B, T, D), without the outer projections.
+    """Map x and gate (B, T, D) to the gated output (B, T, D), without the outer projections.
 
-    Convolution, then B, C and the step sizes from its output, then the scan. ``norms``: an RMSNorm
-    on each of the three before they are used. The step's bias is added inside the scan.
+    The convolution comes first; its output gives B, C and the step sizes for the scan. With
+    ``norms`` each of the three passes through an RMSNorm. The bias of the steps is added inside the
+    scan.
     """
 
     def __init__(self, config, index: int, *, norms: float | None = None, **kwargs):

@@ -1,7 +1,7 @@
-"""Mamba2Config: config.json of a plain Mamba-2 model, ``mamba2`` in transformers.
+"""Mamba2Config: the config.json of a plain Mamba-2 model, ``mamba2`` in transformers.
 
-It is a Nemotron-H whose layers are all Mamba-2, written with other names, and with three choices
-that Nemotron-H has made.
+It is a Nemotron-H whose layers are all Mamba-2, with other field names and with three options that
+are fixed in Nemotron-H.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemokernels.models.fields import (
 
 __all__ = ["Mamba2Config"]
 
-# The file's names of the sizes it must have -> ours.
+# Required sizes: name in the file -> our name.
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -43,7 +43,7 @@ class Mamba2Config(NemotronHConfig):
     """Sizes and constants of one Mamba-2 model; ``expand`` times the width is heads x head_dim.
 
     ``use_bias`` gives the two projections a bias; ``residual_in_fp32`` keeps the sum of the layers
-    in float32. ``extra`` keeps every field of the file that is not interpreted here.
+    in float32. ``extra`` keeps the fields of the file that are not interpreted here.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.

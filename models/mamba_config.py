@@ -1,4 +1,4 @@
-"""MambaConfig: config.json of a Mamba-1 model, ``mamba`` in transformers, checked once."""
+"""MambaConfig: the checked config.json of a Mamba-1 model, ``mamba`` in transformers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FIXED = {"model_type": "mamba", "hidden_act": "silu"}
 
 
 class Mamba1Sizes:
-    """What follows from the fields of a configuration with Mamba-1 layers.
+    """Sizes that follow from the fields of a configuration with Mamba-1 layers.
 
-    To the state, a Mamba-1 layer is one head that is ``d_inner`` wide.
+    In a :class:`State`, a Mamba-1 layer is one head of width ``d_inner``.
     """
 
     mamba_num_heads = 1
@@ -43,12 +43,12 @@ class Mamba1Sizes:
 
     @property
     def mamba_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that keep a convolution window and an SSM state: all."""
+        """Indices of the layers that keep a convolution window and an SSM state: all."""
         return tuple(range(self.num_hidden_layers))
 
 
 def check_mamba1(config) -> None:
-    """Raise ConfigError unless the sizes of the Mamba-1 layers fit together."""
+    """Raise ConfigError unless the sizes of Mamba-1 layers fit together."""
     for spec in dataclasses.fields(config):
         if spec.type in ("int", "int | None", "float", "bool", "str"):
             check_type(spec.name, getattr(config, spec.name), spec.type)
@@ -70,7 +70,7 @@ class MambaConfig(Mamba1Sizes):
     """Sizes and constants of one Mamba-1 model. Field names are those of its config.json.
 
     ``use_bias`` gives the two outer projections a bias; ``residual_in_fp32`` keeps the sum of the
-    layers in float32. ``extra`` keeps every field of the file that is not interpreted here.
+    layers in float32. ``extra`` keeps the fields of the file that are not interpreted here.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -107,12 +107,12 @@ class MambaConfig(Mamba1Sizes):
 
     @property
     def layers(self) -> tuple[MambaConfig, ...]:
-        """The configuration of every layer: this one."""
+        """Every layer's configuration: this one."""
         return (self,) * self.num_hidden_layers
 
     @property
     def kv_heads(self) -> dict[int, int]:
-        """Layer -> key-value heads, of those with attention: none."""
+        """Attention layer -> its key-value heads: there are none."""
         return {}
 
     @property

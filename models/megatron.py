@@ -1,10 +1,10 @@
-"""Megatron-LM's names and shapes of a hybrid's tensors, and the way from there to a model.
+"""Build a model from tensors with Megatron-LM's names and shapes.
 
-The Mamba-2 and Mamba-2-Hybrid 8B of NVIDIA's Mamba study are published in this form alone, in
-``.pt`` files, which run code when they are opened. Nothing here opens one: a script of its own does
-(README, "Megatron checkpoints") and hands the tensors over.
+The Mamba-2 and Mamba-2-Hybrid 8B models of NVIDIA's Mamba study are published only in this form, in
+``.pt`` files, which can run code when they are opened. Nothing here opens one: a separate script
+does (README, "Megatron checkpoints") and hands over the tensors.
 
-Source: the name tables of NeMo's ``ssm.py``. The files themselves were not seen.
+Source: the name tables of NeMo's ``ssm.py``. The files themselves were not available.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OUTSIDE = {
     "backbone.norm_f.weight": "decoder.final_norm.weight",
     "lm_head.weight": "output_layer.weight",
 }
-# Our name below `backbone.layers.L.` -> theirs below `decoder.layers.L.`; others are the same.
+# Our name below `backbone.layers.L.` -> theirs below `decoder.layers.L.`. Other names are equal.
 _LAYER = {
     "M": {},
     "*": {
@@ -46,14 +46,15 @@ _LAYER = {
         "mixer.down_proj.weight": "mlp.linear_fc2.weight",
     },
 }
-# Later releases fuse the norm before a Mamba layer into its projection.
+# Later releases of Megatron-LM fuse the norm before a Mamba layer into its projection.
 _FUSED_NORM = re.compile(r"(decoder\.layers\.\d+)\.mixer\.in_proj\.layer_norm_weight")
 
 
 def megatron_shapes(name_or_config: str | Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor as Megatron-LM stores it on one rank, in the study's spelling.
 
-    Rows of ``linear_qkv`` are grouped by key-value head: its query heads, its key, its value.
+    The rows of ``linear_qkv`` are grouped by key-value head: its query heads, then its key, then
+    its value.
 
     Raises:
         ValueError: not a Nemotron-H of Mamba-2, attention and MLP layers.
@@ -68,23 +69,23 @@ def megatron_shapes(name_or_config: str | Config) -> dict[str, tuple[int, ...]]:
 
 
 def from_megatron(name_or_config: str | Config, tensors: Mapping[str, torch.Tensor]) -> CausalLM:
-    """The model of this variant or configuration with the values of a Megatron-LM checkpoint.
+    """Build the model of a variant or configuration from a Megatron-LM checkpoint's tensors.
 
-    The model shares the tensors' memory, except for queries, keys and values, and for what it holds
-    in float32. ``save_pretrained`` writes every tensor in the dtype it was given in.
+    The model shares the tensors' memory, except for queries, keys and values and for what it holds
+    in float32. ``save_pretrained`` writes every tensor in the dtype in which it was given.
 
     Args:
         name_or_config: see ``list_variants``.
-        tensors: every tensor under its Megatron name, whole: of one rank, or joined. The norm
+        tensors: every tensor, whole, under its Megatron name: from one rank, or joined. The norm
             before a Mamba layer may be ``norm.weight`` or ``mixer.in_proj.layer_norm_weight``;
-            ``..._extra_state`` is passed over.
+            ``..._extra_state`` is ignored.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         ValueError: not a Nemotron-H of Mamba-2, attention and MLP layers.
-        CheckpointError: a tensor is missing, unexpected, or of another shape; all are named.
+        CheckpointError: a tensor is missing, unexpected or has another shape; all are named.
     """
     config, problems = _hybrid(name_or_config), Problems("Megatron tensors")
     given: dict[str, torch.Tensor] = {}
@@ -138,7 +139,7 @@ def _theirs(config: NemotronHConfig, name: str) -> str:
 
 
 def _part(config: NemotronHConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """What of their tensor is ours: all, or the queries, keys or values."""
+    """The part of their tensor that is ours: all of it, or its queries, keys or values."""
     part = re.search(r"\.([qkv])_proj\.", name)
     if part is None:
         return tensor

@@ -1,9 +1,9 @@
-"""How much memory serving a model takes, from its configuration alone.
+"""How much memory it takes to serve a model, computed from its configuration alone.
 
-Weights are counted as a checkpoint stores them (this package's own models hold quantised layers
-dequantised unless they are loaded with ``keep_quantized``), caches as
-:class:`~nemokernels.models.State` lays them out. Activations, workspaces and the CUDA context are
-not counted; a reserve leaves room for them. Everything is in bytes.
+Weights count as a checkpoint stores them (this package's models dequantise quantised layers unless
+they are loaded with ``keep_quantized``), caches as :class:`~nemokernels.models.State` lays them
+out. Activations, workspaces and the CUDA context are not counted; a reserve leaves room for them.
+Everything is in bytes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _UNQUANTISED = ("vision_model.*", "mlp1.*", "mtp.*", "*lm_head")
 
 
 class Memory(NamedTuple):
-    """Bytes of everything that stays in memory while a model serves.
+    """Bytes of everything that stays in memory while a model is served.
 
     Attributes:
-        weights: algorithm ("BF16" for what is not quantised) -> bytes, scales among them.
-        kv_token: of the key-value cache, per token and sequence.
-        kv: of the key-value cache, per sequence of the context's length.
+        weights: algorithm ("BF16" for what is not quantised) -> bytes, scales included.
+        kv_token: key-value cache per token of a sequence.
+        kv: key-value cache per sequence of the context's length.
         state: SSM states and convolution windows, per sequence; they do not grow.
         batch: sequences.
     """
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
 
 
 def precision_of(variant: Variant | None, name: str) -> Precision:
-    """How a model in this precision is quantised: as released where that is known, else assumed.
+    """How a model in this precision is quantised: as released, or by assumption if not known.
 
     Raises:
         ValueError: no such precision.
@@ -74,10 +74,11 @@ def precision_of(variant: Variant | None, name: str) -> Precision:
 
 
 def memory(config: Config, precision: Precision, *, context: int, batch: int) -> Memory:
-    """What ``batch`` sequences of ``context`` tokens take; no drafts are held.
+    """Memory for ``batch`` sequences of ``context`` tokens, without drafts.
 
     Raises:
-        ValueError: context or batch is below 1, or the context has more positions than are learned.
+        ValueError: context or batch is below 1, or the context is longer than the learned
+            positions.
     """
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
@@ -85,7 +86,7 @@ def memory(config: Config, precision: Precision, *, context: int, batch: int) ->
     learned = getattr(config, "max_position_embeddings", None)
     if learned is not None and context > learned:
         raise ValueError(f"`context` is {context}, but {learned} positions were learned")
-    caching = getattr(config, "llm_config", config)  # a model that sees keeps no other caches
+    caching = getattr(config, "llm_config", config)  # a vision encoder has no caches
     one, two, all_ = (State(caching, 1, tokens, device="meta") for tokens in (1, 2, context))
     kv = _BYTES[precision.kv]
     ssm = one.ssm.values()
@@ -102,9 +103,9 @@ def memory(config: Config, precision: Precision, *, context: int, batch: int) ->
 
 
 def gpus_needed(total: int, gpu: float, *, reserve: float = 0.1) -> int:
-    """The least number of GPUs of ``gpu`` bytes that hold ``total`` bytes, evenly split.
+    """The smallest number of GPUs with ``gpu`` bytes each that hold ``total`` bytes, evenly split.
 
-    ``reserve`` is the part of every GPU that stays free.
+    ``reserve`` is the fraction of every GPU that stays free.
 
     Raises:
         ValueError: a GPU without memory, or a reserve that is not from 0 to below 1.
@@ -125,14 +126,14 @@ def _weights(config: Config, precision: Precision) -> dict[str, int]:
             found[algorithm] += elements * names.published_dtype(name, torch.bfloat16).itemsize
         elif algorithm == "FP8":
             found[algorithm] += elements
-        else:  # two per byte, and a scale of one byte per block
+        else:  # two values per byte, and one byte of scale per block
             found[algorithm] += elements // 2 + elements // GROUP
         found[algorithm] += 4 * _SCALES.get(algorithm, 0)
     return dict(found)
 
 
 def _algorithm(name: str, shape: tuple[int, ...], precision: Precision) -> str:
-    """How a tensor is stored. Only linear layers are ever quantised, in whole blocks."""
+    """The algorithm a tensor is stored in. Only linear layers are quantised, in whole blocks."""
     module, _, leaf = name.rpartition(".")
     linear = leaf == "weight" and len(shape) == 2 and not module.endswith(".gate")
     if not linear or "embed" in module:

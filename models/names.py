@@ -1,7 +1,7 @@
 """Names, shapes and dtypes of the tensors in a published checkpoint.
 
-H hidden, V vocabulary, E experts. The module names, and all tensor names but the experts', are also
-those of the model in memory.
+H hidden size, V vocabulary, E experts. The model in memory has the same module names, and the same
+tensor names except for the experts'.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemokernels.models.vl_config import PREFIX, SHUFFLE, NemotronVLConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
-# In memory these are at least float32, whatever the model's dtype is.
+# These are at least float32 in memory, whatever the model's dtype.
 WIDE_LEAVES = ("A_log", "D", "dt_bias", "gate.weight", "gate.e_score_correction_bias")
 
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<leaf>up_proj|down_proj)\.weight")
@@ -35,16 +35,16 @@ _LINEAR = re.compile(
 
 
 class Layout(NamedTuple):
-    """How a family's tensor names begin."""
+    """The prefixes of a family's tensor names."""
 
     trunk: str
-    embeddings: str  # below the trunk
-    trunks: tuple[str, ...]  # that are read; the first is the published one, "" stays as it is
-    beside: tuple[str, ...]  # the trunk
-    kept: tuple[str, ...] = ()  # of any shape, carried along: names, and beginnings with a dot
+    embeddings: str  # name below the trunk
+    trunks: tuple[str, ...]  # accepted when reading, the published one first; "" is no prefix
+    beside: tuple[str, ...]  # of the names outside the trunk
+    kept: tuple[str, ...] = ()  # carried along, any shape: names, or prefixes ending in a dot
 
     def keeps(self, name: str) -> bool:
-        """Whether the tensor of this name is carried along unread."""
+        """Whether a tensor of this name is carried along unread."""
         return any(name == one or one[-1] == "." and name.startswith(one) for one in self.kept)
 
 
@@ -53,8 +53,8 @@ _NEMOTRON_H = Layout(
 )
 _DECODER = Layout("model.", "embed_tokens.weight", ("model.",), ("lm_head.",))
 _GPT = Layout("transformer.", "word_embeddings.weight", ("transformer.", ""), ())
-# Images come normalised and their summary is not used, so the encoder's own copy of the constants
-# and its list of summary tokens are carried along unread.
+# Images arrive normalised and their summary is not used. So the encoder's copy of the normalisation
+# constants and its list of summary tokens are carried along unread.
 _VL = Layout(
     "language_model.backbone.",
     "embeddings.weight",
@@ -77,7 +77,7 @@ def is_wide(name: str) -> bool:
 
 
 def published_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
-    """Dtype in a file made from scratch: the model's, but float32 for the routers' biases."""
+    """Dtype in a newly written file: the model's, but float32 for correction biases."""
     return torch.float32 if name.endswith(".e_score_correction_bias") else model_dtype
 
 
@@ -98,14 +98,14 @@ def is_stack(name: str) -> bool:
 
 
 def layout(config) -> Layout:
-    """How the names of this configuration's tensors begin."""
+    """The prefixes of this configuration's tensor names."""
     if isinstance(config, RewardConfig):
         return layout(config.backbone)._replace(beside=(f"{config.head}.",))
     return _FAMILIES[type(config)][0]
 
 
 def tensor_shapes(config) -> Shapes:
-    """Name and shape of every stored tensor, in the order of the layers."""
+    """Name and shape of every stored tensor, in order of the layers."""
     if isinstance(config, RewardConfig):
         return _reward_shapes(config)
     return _FAMILIES[type(config)][1](config)
@@ -121,7 +121,7 @@ def _reward_shapes(config: RewardConfig) -> Shapes:
 
 
 def element_count(config) -> int:
-    """How many elements the stored tensors have together."""
+    """How many elements all stored tensors have together."""
     return sum(math.prod(shape) for _, shape in tensor_shapes(config))
 
 

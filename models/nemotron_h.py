@@ -24,10 +24,10 @@ __all__ = ["NemotronH"]
 
 
 class Layer(nn.Module):
-    """norm and mixer. The sum with the residual stream happens in the next layer's norm.
+    """Norm and mixer. The next layer's norm adds the result to the residual stream.
 
-    Takes ``(x, residual)``, the output of the layer before and the stream it is to be added to
-    (None in the first layer), and returns the same pair for the next one.
+    Takes and returns ``(x, residual)``: the output of the layer before, and the residual stream
+    that it has still to be added to (None in the first layer).
     """
 
     def __init__(self, config: NemotronHConfig, letter: str, index: int, **kwargs):
@@ -74,8 +74,8 @@ class Backbone(nn.Module):
 
 
 class MTP(nn.Module):
-    """The multi-token-prediction block: from a hidden state and the next token to the hidden state
-    that predicts the token after it."""
+    """The multi-token-prediction block: it turns a hidden state and the next token into the hidden
+    state that predicts the token after that."""
 
     def __init__(self, config: NemotronHConfig, **kwargs):
         super().__init__()
@@ -85,7 +85,8 @@ class MTP(nn.Module):
             Layer(config.layers[trunk + index], letter, trunk + index, **kwargs)
             for index, letter in enumerate(config.mtp_pattern)
         )
-        # The published names put the ends of the block inside its first and last layer.
+        # In the published names the block's first and last modules belong to its first and last
+        # layer.
         self.layers[0].enorm = RMSNorm(width, eps, **kwargs)
         self.layers[0].hnorm = RMSNorm(width, eps, **kwargs)
         self.layers[0].eh_proj = Linear(2 * width, width, **kwargs)
@@ -142,13 +143,13 @@ class NemotronH(CausalLM):
 
         Position i combines the hidden state h_i (which predicts token i+1) with token i+1 and
         returns a hidden state that predicts token i+2. Applied to its own output and the tokens one
-        further on, it looks one token further ahead each time.
+        place further on, it predicts one token further ahead each time.
 
         Args:
             hidden: (B, T, H) from :meth:`hidden` or from this function.
-            next_tokens: (B, T), for each position the token after those ``hidden`` has seen.
-            cu_seqlens, state, slots, decode: as :meth:`hidden`. The block has its own length in
-                the state; in decode it moves only by ``state.advance_mtp``.
+            next_tokens: (B, T), at each position the token after those that ``hidden`` has seen.
+            cu_seqlens, state, slots, decode: as :meth:`hidden`. The state counts the block's tokens
+                separately; when decoding, only ``state.advance_mtp`` moves that count.
 
         Returns:
             (B, T, H), after the block's final norm; ``lm_head`` turns it into logits.

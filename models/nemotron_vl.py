@@ -1,7 +1,7 @@
-"""Nemotron Nano V2 VL: images become tokens of a Nemotron-H language model.
+"""Nemotron Nano V2 VL: a Nemotron-H language model that takes images as tokens.
 
-Vision encoder, pixel shuffle and projector turn a tile into vectors of the language model's width,
-which take the place of the embeddings of the image tokens. Shapes: n tiles or frames, N tokens of a
+The vision encoder, a pixel shuffle and a projector turn a tile into vectors of the language model's
+width, which replace the embeddings of the image tokens. Shapes: n tiles or frames, N tokens of a
 tile, H the language model's width.
 """
 
@@ -30,8 +30,8 @@ PROJECTOR_EPS = 1e-5
 def pixel_shuffle(x: torch.Tensor) -> torch.Tensor:
     """(n, rows, columns, W) -> (n, rows / 2, columns / 2, 4 W): each 2 x 2 square becomes a token.
 
-    The square's vectors are joined row by row. The image is not transposed: version v2 of the
-    published operation.
+    The vectors of a square are joined row by row. The image is not transposed; this is version v2
+    of the published operation.
     """
     n, rows, columns, width = x.shape
     check(
@@ -44,22 +44,22 @@ def pixel_shuffle(x: torch.Tensor) -> torch.Tensor:
 
 
 def retained(features: torch.Tensor, rate: float) -> torch.Tensor:
-    """Efficient video sampling: which tokens of a clip stay when ``rate`` of them may go.
+    """Efficient video sampling: which tokens of a clip stay when a share ``rate`` is dropped.
 
-    A token's score is 1 - cos(itself, the token at its place one frame earlier); those of the first
-    frame score 255. The ``max(N, int(T N (1 - rate)))`` highest stay, in their places; of equal
-    scores the earlier.
+    A token's score is 1 - cos(itself, the token at its place one frame earlier); tokens of the
+    first frame score 255. The ``max(N, int(T N (1 - rate)))`` tokens with the highest scores stay,
+    in their places; among equal scores the earlier ones.
 
     Args:
         features: (T, N, H) projected vectors of T frames.
-        rate: in [0, 1). The product is one of floating point, as published: 0.9 of 1000 tokens
+        rate: in [0, 1). As published, the product is computed in floating point: 0.9 of 1000 tokens
             leaves 99.
 
     Returns:
         (T, N) bool.
 
     Source: Bagrov et al., "Efficient Video Sampling", 2025, as in vLLM (``multimodal/evs.py``);
-    the scores here are in float32 (float64 for float64 input) also for 16-bit features.
+    here the scores of 16-bit features are computed in float32 too.
     """
     check_tensor("retained", "features", features, shape=(None, None, None), dims="(T, N, H)")
     check("retained", 0 <= rate < 1, f"`rate` must be in [0, 1), got {rate}")
@@ -80,7 +80,7 @@ class ReLU2(nn.Module):
 
 
 class NemotronVL(CausalLM):
-    """A language model that sees.
+    """A vision-language model.
 
     Args:
         config: its sizes.
@@ -127,12 +127,12 @@ class NemotronVL(CausalLM):
     def hidden(
         self, tokens: torch.Tensor, *, image_features: torch.Tensor | None = None, **context
     ) -> torch.Tensor:
-        """Hidden states as :meth:`CausalLM.hidden`, of text and images.
+        """Hidden states of text and images, as :meth:`CausalLM.hidden`.
 
         Args:
-            tokens: (B, T); those that equal ``image_token_id`` are the places of images.
-            image_features: (n, N, H) or (m, H), in the order of these places row by row, as many
-                as there are (not checked under ``torch.compile``). None: every token has its own
+            tokens: (B, T); image vectors take the places of tokens that equal ``image_token_id``.
+            image_features: (n, N, H) or (m, H), one vector per such place, in order row by row
+                (the number is not checked under ``torch.compile``). None: every token has its own
                 embedding.
             context: as :meth:`CausalLM.hidden`.
         """
@@ -164,7 +164,7 @@ class NemotronVL(CausalLM):
         return self.language_model.hidden(tokens, embedded=embedded, **context)
 
     def new_state(self, slots: int, max_length: int, **options) -> State:
-        """As :meth:`CausalLM.new_state`; images take as many tokens as text would."""
+        """As :meth:`CausalLM.new_state`; an image vector counts as one token."""
         return self.language_model.new_state(slots, max_length, **options)
 
     def fsdp_units(self) -> list[nn.Module]:
@@ -172,7 +172,7 @@ class NemotronVL(CausalLM):
         return [*super().fsdp_units(), *self.vision_model.radio_model.model.blocks]
 
     def reset_parameters(self) -> None:
-        """The language model's initial values; matrices of the rest with the same deviation."""
+        """Initial values: the language model's own; the other matrices have the same deviation."""
         self.language_model.reset_parameters()
         std = self.config.llm_config.initializer_range
         self.vision_model.reset_parameters(std)

@@ -23,9 +23,9 @@ class VisionPrompt(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One picture or clip: what it writes into the text, piece by piece, and its vectors.
+    """One picture or clip: the text pieces it becomes, and its vectors.
 
-    ``labels`` go before the pieces, ``counts`` says how many image tokens each piece has.
+    A label precedes each piece; ``counts`` gives each piece's number of image tokens.
     """
 
     labels: list[str]
@@ -44,28 +44,28 @@ def vision_prompt(
     max_tiles: int = MAX_TILES,
     pruning_rate: float | None = None,
 ) -> VisionPrompt:
-    """Put pictures and clips into a text and look at them.
+    """Place pictures and clips in a text and encode them.
 
-    Every ``<image>`` of the text becomes ``<img>``, 256 image tokens per tile, ``</img>``. Every
+    Every ``<image>`` in the text becomes ``<img>``, 256 image tokens per tile, ``</img>``. Every
     ``<video>`` becomes one line per frame, ``Frame 1 sampled at 0.00 seconds: <img>...</img>`` with
-    the frame's tokens (``Frame 1: `` where the seconds are not known); lines are joined by a
-    newline. A text without any such marker is preceded by the pictures and then the clips. The
-    markers' spelling is the configuration's.
+    the frame's tokens (``Frame 1: `` if the times are not known). If the text has no such marker,
+    the pictures and then the clips come before it. The configuration defines how the markers are
+    spelt.
 
     Args:
-        model: it encodes the pictures, where its parameters are.
-        encode: text to token ids, adding none of its own. Text between pictures is encoded piece
-            by piece, so that no token spans a picture's border.
+        model: encodes the pictures, on the device of its parameters.
+        encode: turns text into token ids and adds none of its own. Text is encoded piece by piece
+            between pictures, so that no token spans a picture's border.
         text: the prompt, in whatever chat format the model expects.
         images: RGB pictures (:func:`load_image`), in the order of their markers.
         videos: clips (:func:`load_clip`), likewise.
-        max_tiles: most tiles of a picture, 1 to 12; see :func:`tile_pixels`.
+        max_tiles: largest number of tiles per picture, 1 to 12; see :func:`tile_pixels`.
         pruning_rate: share of a clip's tokens to drop (:func:`retained`); None: the
             configuration's.
 
     Raises:
-        ImageError, ValueError: a picture or the configuration cannot be used, the text's markers
-            are not as many as the pictures and clips, or the model's image token is not known.
+        ImageError, ValueError: a picture or the configuration cannot be used, the number of markers
+            differs from that of pictures or clips, or the model's image token is not known.
     """
     check(
         "vision_prompt",

@@ -5,7 +5,7 @@ A checkpoint declares its scheme in ``hf_quant_config.json`` or in the ``quantiz
 
 * FP8: ``P.weight`` float8_e4m3fn (R, K) and ``P.weight_scale`` float32 scalar;
 * NVFP4: ``P.weight`` uint8 (R, K/2), ``P.weight_scale`` float8_e4m3fn (R, K/16) and
-  ``P.weight_scale_2`` float32 scalar. Without activation scales the same is W4A16_NVFP4.
+  ``P.weight_scale_2`` float32 scalar. Without activation scales this is W4A16_NVFP4.
 
 ``P.input_scale`` is the static activation scale; ``k_proj.k_scale`` and ``v_proj.v_scale`` belong
 to an FP8 KV cache and are 1 where absent.
@@ -24,16 +24,16 @@ from nemokernels.models.names import is_linear
 ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4")
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 GROUP = 16
-MAX_WILDCARDS = 1000  # each is tried on every layer
+MAX_WILDCARDS = 1000  # every pattern is tried on every layer
 
 
 @dataclass
 class Quantization:
-    """What a quantised checkpoint said, kept on the model as ``model.quantization``.
+    """What a quantised checkpoint declared, kept on the model as ``model.quantization``.
 
     Attributes:
         layers: module name -> "FP8", "NVFP4" or "W4A16_NVFP4". The model holds them dequantised,
-            but for those in ``kept``.
+            except those in ``kept``.
         input_scales: module name -> static activation scale (x is quantised as x / scale).
         kv_scales: module name of a k_proj or v_proj -> scale of its FP8 cache.
         w4a4: those of ``kept`` that multiply activations in NVFP4 too.
@@ -48,7 +48,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is declared. ``layers`` and ``excluded`` are None where the declaration is silent."""
+    """A declared scheme. ``layers`` and ``excluded`` are None if they are not declared."""
 
     file: str
     algorithm: str
@@ -83,7 +83,7 @@ def _same(declared: str | None, stored: str | None) -> bool:
 
 
 def parse_scheme(file: str, data: dict, canonical) -> Scheme:
-    """The scheme in ``data``: either spelling; ``canonical`` maps module names to ours.
+    """Read the scheme in ``data``, in either spelling; ``canonical`` maps module names to ours.
 
     Raises:
         CheckpointError: a method, algorithm or group size this package does not decode.
@@ -156,7 +156,7 @@ def is_scale(name: str) -> bool:
 
 
 def stored_as(module: str, tensors: dict[str, StoredTensor]) -> str | None:
-    """The algorithm the dtype of ``module.weight`` and its scales show; None: not quantised."""
+    """The algorithm that the dtypes of a module's weight and scales show; None if not quantised."""
     weight = tensors.get(f"{module}.weight")
     if weight is None or not is_linear(module):
         return None
@@ -170,9 +170,9 @@ def stored_as(module: str, tensors: dict[str, StoredTensor]) -> str | None:
 def companions(
     module: str, shape: tuple[int, ...], algorithm: str | None, kv_cache: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
-    """The tensors of a linear layer: leaf -> (shape, dtype, required), the weight's included.
+    """The tensors of a linear layer, weight included: leaf -> (shape, dtype, required).
 
-    A layer that is not quantised has no weight entry here: its dtype is the model's.
+    A layer that is not quantised has no entry for its weight: that has the model's dtype.
     """
     rows, columns = shape
     scalar = ((), torch.float32)
@@ -197,12 +197,12 @@ def check_layers(
     scheme: Scheme | None,
     problems: Problems,
 ) -> tuple[dict[str, str], set[str]]:
-    """Hold the stored layers against the declared scheme.
+    """Compare the stored layers with the declared scheme.
 
     Args:
         linear: module -> logical weight shape, of every linear layer the model has.
         tensors: canonical name -> what is stored.
-        scheme: what is declared; None where nothing is.
+        scheme: the declared scheme; None if there is none.
         problems: collects every contradiction.
 
     Returns:

@@ -25,7 +25,7 @@ IGNORED = -100  # an attribute without a label
 
 
 class RewardModel(CausalLM):
-    """A language model of any family with a reward head instead of its own.
+    """A language model of any family with a reward head in place of its own head.
 
     Args:
         config: of the language model and the head.
@@ -35,7 +35,8 @@ class RewardModel(CausalLM):
 
     def __init__(self, config: RewardConfig, language: CausalLM):
         super().__init__()
-        self.config, self.mtp, self._language = config, None, [language]  # in a list: no submodule
+        self.config, self.mtp = config, None
+        self._language = [language]  # in a list, so that it is not a submodule
         self.add_module(names.layout(config).trunk.removesuffix("."), language.trunk)
         weight = next(language.trunk.parameters())
         head = Linear(
@@ -55,7 +56,7 @@ class RewardModel(CausalLM):
 
     @classmethod
     def on(cls, language: CausalLM, head: str, **options) -> RewardModel:
-        """A new reward head on a language model, which it takes over.
+        """Put a new reward head on a language model, which the reward model takes over.
 
         Args:
             language: a language model.
@@ -77,7 +78,7 @@ class RewardModel(CausalLM):
 
     @property
     def lm_head(self) -> nn.Module:
-        """The reward head; it stands where a language model has its own."""
+        """The reward head, under the name of a language model's head."""
         return self.get_submodule(self.config.head)
 
     def forward(
@@ -92,8 +93,8 @@ class RewardModel(CausalLM):
         Args:
             tokens: (B, T) int64 or int32: rows, padded on the right, or packed sequences in one.
             cu_seqlens: (n + 1,) int32 bounds of the packed sequences.
-            ends: (n,) the place of the end-of-response token within its sequence, where the head
-                reads; by default the last token. Nothing after it has an influence.
+            ends: (n,) index of the end-of-response token in its sequence, at which the head reads;
+                by default the last token. Nothing after it has any influence.
 
         Raises:
             ValueError: a sequence is empty, or its end lies outside (checked on the CPU).
@@ -115,7 +116,7 @@ class RewardModel(CausalLM):
         return self.lm_head(hidden.flatten(0, 1)[starts + ends])
 
     def scalar(self, rewards: torch.Tensor) -> torch.Tensor:
-        """One number (n,) out of rewards (n, K): their sum under ``config.weights``, in float32."""
+        """Sum of rewards (n, K) weighted by ``config.weights``, (n,) in float32."""
         wide = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
         return wide @ wide.new_tensor(self.config.weights)
 
@@ -129,14 +130,14 @@ class RewardModel(CausalLM):
 def pairwise_loss(
     chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
-    """Bradley and Terry's ``-log sigmoid(chosen - rejected - margin)`` of every pair (n,)."""
+    """The Bradley-Terry loss ``-log sigmoid(chosen - rejected - margin)`` of every pair (n,)."""
     return -F.logsigmoid(chosen - rejected - margin)
 
 
 def attribute_loss(rewards: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of rewards (n, K) over the labels that are not :data:`IGNORED`.
+    """Mean squared error of rewards (n, K), over all labels that are not :data:`IGNORED`.
 
-    Without any label it is zero.
+    It is zero if there are no labels.
     """
     known = labels != IGNORED
     error = torch.where(known, rewards - labels.to(rewards.dtype), 0)
