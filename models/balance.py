@@ -1,4 +1,4 @@
-"""What a router does in training beside routing: it counts, and is pulled towards even loads."""
+"""What a router does in training besides routing: it counts tokens and balances loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Balance(NamedTuple):
     Attributes:
         coefficient: its weight; 1e-4 for Nemotron 3 Nano and Super.
         length: tokens per sequence; the last of a batch may be shorter.
-        sequences: in a step, over all its micro-batches and ranks.
+        sequences: number of sequences in a step, over all its micro-batches and ranks.
     """
 
     coefficient: float
@@ -25,8 +25,8 @@ class Balance(NamedTuple):
     sequences: int
 
     def loss(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
-        """Of logits (T, E): the sum of :func:`nemokernels.balance_loss` over the sequences, divided
-        by ``sequences``."""
+        """For logits (T, E), the sum of :func:`nemokernels.balance_loss` over the sequences,
+        divided by ``sequences``."""
         tokens = logits.shape[0]
         here = -(-tokens // self.length)
         bounds = torch.arange(here + 1, device=logits.device) * self.length
@@ -48,9 +48,10 @@ class _Carrying(torch.autograd.Function):
 
 
 def carrying(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """x; where a gradient comes back through it, ``loss`` is added to what is differentiated.
+    """Return x; a backward that passes through it also differentiates ``loss``.
 
-    So a layer's own loss needs no way out of the model, and is right when a layer runs again.
+    So a layer's own loss need not be returned by the model, and it stays right when a layer is
+    recomputed.
     """
     return _Carrying.apply(x, loss)
 
@@ -58,7 +59,7 @@ def carrying(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
 def recomputing() -> bool:
     """Whether this forward runs inside a backward, for activations that were not kept.
 
-    Whatever is counted was counted when it ran first. torch.compile keeps such effects out of what
-    it computes again.
+    What is counted was counted in the first run already. torch.compile keeps such effects out of
+    its recomputation by itself.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

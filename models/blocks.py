@@ -1,8 +1,8 @@
-"""Sizes that differ from layer to layer: the ``block_configs`` of a Nemotron-H configuration.
+"""Sizes that differ between layers: the ``block_configs`` of a Nemotron-H configuration.
 
-One entry per layer, ``{"block_type": "moe", "n_routed_experts": 256, ...}``; what it names replaces
-the field of that name for this layer. ``mtp_block_configs`` does the same for the MTP block. Such a
-configuration has the ``model_type`` ``nemotron_h_puzzle``.
+There is one entry per layer, ``{"block_type": "moe", "n_routed_experts": 256, ...}``; its fields
+replace those of the whole configuration for this layer. ``mtp_block_configs`` does the same for the
+MTP block. Such a configuration has the ``model_type`` ``nemotron_h_puzzle``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nemokernels.models.fields import ConfigError, check_object, show
 __all__ = ["BLOCKS", "MTP_BLOCKS", "block_types", "check_blocks", "layer_configs"]
 
 BLOCKS, MTP_BLOCKS = "block_configs", "mtp_block_configs"
-# The fields an entry may replace: with them no mixer keeps another state than its neighbours.
+# The fields that an entry may replace. None of them changes the state that a layer keeps.
 PER_LAYER = (
     "intermediate_size",
     "n_routed_experts",
@@ -41,7 +41,7 @@ def block_types(name: str, blocks: object) -> list[object]:
 
 
 def check_blocks(config) -> None:
-    """Raise unless every list of blocks has one entry per layer that this package can build."""
+    """Raise unless every list of blocks has one entry per layer."""
     for name, pattern in ((BLOCKS, config.pattern), (MTP_BLOCKS, config.mtp_pattern)):
         blocks = getattr(config, name)
         if blocks is not None and len(blocks) != len(pattern):
@@ -51,10 +51,11 @@ def check_blocks(config) -> None:
 
 
 def layer_configs(config) -> tuple:
-    """One configuration per layer of trunk and MTP block; a layer without an entry has the whole.
+    """One configuration per layer of trunk and MTP block; without entries it is ``config`` itself.
 
     Raises:
-        ConfigError: an entry replaces what it may not, or a layer's sizes do not fit together.
+        ConfigError: an entry replaces a field that it may not, or a layer's sizes do not fit
+            together.
     """
     return (
         *_configs(config, BLOCKS, config.pattern),
@@ -80,7 +81,7 @@ def _replaced(config, where: str, entry: Mapping[str, object], letter: str):
         if name in PER_LAYER:
             new[name] = value if value is not None else getattr(config, name)
         elif name == "block_type" or value is None or value is False:
-            pass  # its letter is in the pattern; an option that is off
+            pass  # the pattern has its letter; or an option that is off
         elif name not in common or value != common[name]:
             raise ConfigError(
                 f"`{where}.{name}` is {show(value)}; a layer may only have its own "

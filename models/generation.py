@@ -61,26 +61,26 @@ def generate(
     """Continue every prompt, greedily or by sampling.
 
     With ``speculate`` the MTP block drafts a chain of tokens (always its most likely ones) and the
-    model verifies all of them in one call. That changes the speed and not the distribution:
-    greedily the tokens are those of plain decoding up to rounding, and with ``exact`` they are
-    equal; sampled tokens are distributed as without drafts, but are other samples.
+    model verifies all of them in one call. This changes the speed, not the distribution. Greedy
+    tokens are those of plain decoding up to rounding, and exactly those with ``exact``; sampled
+    tokens have the same distribution, but are other samples.
 
-    Random numbers depend on the seed, the request's id and the position alone. Outputs do not
-    depend on the other requests of the call up to rounding, with ``exact`` not at all.
+    Random numbers depend only on the seed, the request's id and the position. Outputs depend on the
+    other requests of the call only through rounding, and with ``exact`` not at all.
 
     Args:
-        model: the model; its parameters' device does the work. Left in the mode it was in.
+        model: the model; it runs on its parameters' device and keeps its training mode.
         prompts: token ids, at least one per prompt, of any lengths.
-        max_new_tokens: most tokens to generate per request, at least 1.
+        max_new_tokens: largest number of tokens to generate per request, at least 1.
         speculate: drafts per step; needs a model with an MTP block.
         exact: compute every token on its own (:func:`nemokernels.models.exact`); slow on batches.
         temperature: 0 is greedy.
-        top_k, top_p: cuts of the distribution; None: none. See :func:`nemokernels.mtp_verify`.
+        top_k, top_p: cut the distribution; None: no cut. See :func:`nemokernels.mtp_verify`.
         seed: of the random numbers.
-        request_ids: an integer per prompt that takes part in its random numbers; None: 0, 1, ...
+        request_ids: an integer per prompt from which its random numbers derive; None: 0, 1, ...
         eos: a request ends with the first of these tokens it emits.
-        image_features: (m, H) vectors for the m image tokens of the prompts, in their order; for a
-            model that sees (:func:`nemokernels.models.vision_prompt` makes both).
+        image_features: for a vision-language model, (m, H) vectors for the m image tokens of the
+            prompts, in order (:func:`nemokernels.models.vision_prompt` makes both).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
@@ -118,8 +118,8 @@ def generate(
 @dataclass
 class _Request:
     slot: int
-    tokens: list[int]  # prompt and what was emitted; the model has seen all but the last
-    limit: int  # of tokens, the prompt's included
+    tokens: list[int]  # prompt and emitted tokens; the model has seen all but the last
+    limit: int  # number of tokens, the prompt's included
     id: int
     ends: frozenset[int]
     logprobs: list[float] = field(default_factory=list)
@@ -172,7 +172,7 @@ class _Decoder:
             requests, drafts = _alive(requests, drafts)
 
     def prefill(self, requests: list[_Request]) -> torch.Tensor:
-        """Read the prompts packed into one row, emit one token each; (B, K) drafts after it."""
+        """Read the prompts, packed into one row, and emit one token each; return (B, K) drafts."""
         prompts = [list(request.tokens) for request in requests]
         bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0)
         packed = {
@@ -192,7 +192,7 @@ class _Decoder:
         return self.draft(requests, hidden[0, last, None], width)
 
     def step(self, requests: list[_Request], drafts: torch.Tensor) -> torch.Tensor:
-        """Verify the drafts (B, T - 1), emit what stands; drafts for the next step."""
+        """Verify the drafts (B, T - 1) and emit tokens; return drafts for the next step."""
         slots = self.slots(requests)
         tokens = torch.cat([self.tensor([[r.tokens[-1]] for r in requests]), drafts], 1)
         hidden = self.model.hidden(tokens, state=self.state, slots=slots, decode=True)
@@ -206,7 +206,7 @@ class _Decoder:
         if width == 0:
             return drafts[:, :0]
         # The block's cache advances over the verified tokens with the model's own hidden states,
-        # which replaces what drafting had left there. Positions past `kept` are not kept.
+        # which replaces what drafting had left there. Positions past `kept` are dropped.
         hidden = self.model.mtp_hidden(
             hidden, following, state=self.state, slots=slots, decode=True
         )
@@ -224,8 +224,8 @@ class _Decoder:
         """Emit tokens for every request, of which the first ``lengths`` drafts (B, T - 1) count.
 
         Returns:
-            ``(kept, following)``: how many of the T input tokens stand, (B,) int32; and the token
-            after each of those, (B, T).
+            ``(kept, following)``: how many of the T input tokens are kept, (B,) int32; and the
+            token after each, (B, T).
         """
         verdict = self.choose(
             self.model.lm_head(hidden),
@@ -243,7 +243,7 @@ class _Decoder:
         return kept, following
 
     def draft(self, requests: list[_Request], hidden: torch.Tensor, width: int) -> torch.Tensor:
-        """A chain of ``width`` most likely tokens after hidden (B, 1, H) of the MTP block."""
+        """Draft a chain of the ``width`` most likely tokens after hidden (B, 1, H)."""
         slots, chain = self.slots(requests), []
         for _ in range(width - 1):
             chain.append(self.model.lm_head(hidden).argmax(-1))

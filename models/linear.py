@@ -1,4 +1,4 @@
-"""The one matrix product of the models, and the mode in which it ignores its batch."""
+"""The models' one matrix product, and the mode in which it does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _mode = _Mode()
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Compute every token on its own inside the block, with the same calls whatever the batch is.
+    """Inside the block, compute every token on its own, by the same calls whatever the batch is.
 
-    A library picks the order of a product's sums by the number of rows, so that a token's result
-    depends, in its last bits, on how many tokens it is computed with. Inside this block it does
-    not: each row goes through the identical one-row call, and a 16-bit SSM state is rounded after
-    every token. (All other kernels compute a row the same way in any batch.) Speculative decoding
-    then emits exactly the tokens of plain decoding. It costs the speed of a batch.
+    A library chooses the order of a product's sums by the number of rows, so that the last bits of
+    a token's result depend on how many tokens are computed together. Inside this block they do not:
+    each row goes through the same one-row call, and a 16-bit SSM state is rounded after every
+    token. (All other kernels compute a row the same way in any batch.) Speculative decoding then
+    emits exactly the tokens of plain decoding. The price is the speed of batching.
     """
     before, _mode.exact = _mode.exact, True
     try:
@@ -82,12 +82,12 @@ class Linear(nn.Linear):
     def forward(
         self, x: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """The layer of x, or of ``act(x)``, which an FP8 layer need not store."""
+        """Apply the layer to x, or to ``act(x)``, which an FP8 layer then need not store."""
         return linear(x if act is None else act(x), self.weight, self.bias)
 
 
 class TiedHead(nn.Module):
-    """A head whose weight is the embeddings'. It holds none, so that there is one name for both."""
+    """A head whose weight is the embeddings'. It owns none, so that the weight has one name."""
 
     def __init__(self, embeddings: nn.Embedding):
         super().__init__()

@@ -14,8 +14,8 @@ __all__ = ["ATTRIBUTES", "REWARD", "RewardConfig"]
 
 REWARD = "reward_head"  # in config.json
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-# The attributes' weights in the scalar reward of Nemotron-4-340B-Reward. Its code has nine outputs,
-# the first four of them unused.
+# Weights of the attributes in the scalar reward of Nemotron-4-340B-Reward. Its head has nine
+# outputs, of which the first four are unused.
 _FIVE = (0.3, 0.74, 0.46, 0.47, -0.33)
 WEIGHTS = {1: (1.0,), 5: _FIVE, 9: (0.0,) * 4 + _FIVE}
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -26,16 +26,16 @@ class RewardConfig:
     """A language model with a reward head; every other field is that of ``backbone``.
 
     Args:
-        backbone: the language model; an MTP block is left out.
-        head: name of the head's module in the checkpoint. That of Nemotron-4-340B-Reward is not
-            public.
+        backbone: the language model's configuration; an MTP block is left out.
+        head: name of the head's module in the checkpoint. Nemotron-4-340B-Reward's is not public.
         outputs: rewards per response: 1, or the attributes of HelpSteer2 (:data:`ATTRIBUTES`): 5,
             or 9 of which the last five count.
-        bias: whether the head has one.
-        weights: of the outputs in the scalar reward; None: the published ones, for 1, 5 or 9.
+        bias: whether the head has a bias.
+        weights: weights of the outputs in the scalar reward; None: the published ones, for 1, 5 or
+            9 outputs.
 
     Raises:
-        ConfigError: a backbone that cannot have a reward head, or a field is not as it must be.
+        ConfigError: the backbone cannot have a reward head, or a field is not as it must be.
     """
 
     backbone: object
@@ -72,7 +72,7 @@ class RewardConfig:
 
     @classmethod
     def from_dict(cls, backbone: object, data: object) -> RewardConfig:
-        """The reward head that config.json describes, on ``backbone``."""
+        """Read the reward head that config.json describes, on ``backbone``."""
         check_object(data, REWARD)
         known = {spec.name for spec in dataclasses.fields(cls)} - {"backbone"}
         if unknown := sorted(map(str, set(data) - known)):
@@ -85,7 +85,7 @@ class RewardConfig:
     def of_tensors(
         cls, backbone: object, head: str, shapes: Mapping[str, tuple[int, ...]]
     ) -> RewardConfig:
-        """The head of this name in a checkpoint that stores tensors of these shapes."""
+        """Find the head of this name among the shapes of a checkpoint's tensors."""
         shape = shapes.get(f"{head}.weight")
         if shape is None or len(shape) != 2:
             raise ConfigError(f"`{REWARD}`: the checkpoint has no matrix {show(head + '.weight')}")

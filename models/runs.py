@@ -1,12 +1,12 @@
 """The three ways a model call runs over tokens.
 
-A mixer does not know whether it trains, prefills or decodes. It asks its run for what looks
-across tokens: convolution and scan (of a Mamba-2 mixer in one go) and attention; a model with
-rotary embeddings also asks for the tokens' positions.
+A mixer does not know whether it trains, prefills or decodes. It asks its run for everything that
+looks across tokens: attention, and convolution and scan (for a Mamba-2 mixer in one call). A model
+with rotary embeddings also asks for the tokens' positions.
 
-* :class:`Packed` - no state: training and scoring.
-* :class:`Prefill` - chunked kernels, continuing from a state and writing to it.
-* :class:`Decode` - recurrent kernels, a few tokens per row, kept provisionally until accepted.
+* :class:`Packed`: without a state, for training and scoring.
+* :class:`Prefill`: the chunked kernels, which continue from a state and update it.
+* :class:`Decode`: the recurrent kernels, a few tokens per row, provisional until accepted.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["Decode", "Packed", "Prefill", "Run"]
 
 
 class Run(Protocol):
-    """One model call: how its mixers look across tokens. ``layer`` numbers the layers."""
+    """How the mixers of one model call look across tokens. ``layer`` is a layer's index."""
 
     def mamba(self, mixer, zxbcdt) -> torch.Tensor | Fp8Normed:
-        """What lies between a Mamba-2 mixer's projections: convolution, scan and gated norm."""
+        """All of a Mamba-2 mixer between its projections: convolution, scan and gated norm."""
 
     def conv(self, layer, x, weight, bias) -> torch.Tensor:
         """Causal convolution and SiLU of x (B, T, channels)."""
@@ -50,21 +50,23 @@ class Run(Protocol):
         """Causal attention of q (B, T, heads, head_dim); ``bias`` as ``attention`` takes it."""
 
     def positions(self, tokens) -> torch.Tensor:
-        """Of every token (B, T) in its sequence, the model's prefix included: int64, (B, T) or
-        (1, T)."""
+        """Positions of tokens (B, T) in their sequences, after the model's prefix if it has one.
+
+        int64, (B, T) or (1, T).
+        """
 
     def prepend(self, x, prefix) -> torch.Tensor:
-        """x (B, T, H) with ``prefix`` (P, H) before every sequence that begins in this call."""
+        """x (B, T, H) with ``prefix`` (P, H) put before every sequence that begins in this call."""
 
     def strip(self, x) -> torch.Tensor:
-        """x without what :meth:`prepend` put in."""
+        """x without the vectors that :meth:`prepend` inserted."""
 
     def commit(self) -> None:
-        """All layers have run."""
+        """Called after all layers have run."""
 
 
 class Packed:
-    """Rows, or the sequences ``cu_seqlens`` packs into one row, each from its beginning."""
+    """Whole sequences: one per row, or those that ``cu_seqlens`` packs into a single row."""
 
     def __init__(self, config, cu_seqlens: torch.Tensor | None):
         self.config, self.cu_seqlens = config, cu_seqlens
@@ -118,9 +120,9 @@ class Packed:
 
 
 class Prefill:
-    """Any number of tokens per sequence, each continuing its slot, all of them kept.
+    """Any number of tokens per sequence. Each sequence continues its slot; all tokens are kept.
 
-    Rows are treated as packed sequences, so one path serves both. Reads the lengths on the host.
+    Rows are treated as packed sequences, so that one path serves both. The host reads the lengths.
     """
 
     def __init__(
@@ -218,7 +220,7 @@ class Prefill:
         return y.reshape(z.shape)
 
     def _initial(self, layer) -> torch.Tensor:
-        """SSM states of all sequences; zeros for those without a slot."""
+        """SSM states of all sequences; zeros where there is no slot."""
         cache = self.state.ssm[layer]
         initial = cache.new_zeros(len(self.starts), *cache.shape[2:])
         initial[self.sequences] = cache[self.places, (self.begin - 1) % cache.shape[1]]
@@ -263,7 +265,7 @@ class Prefill:
 
 
 class Decode:
-    """A few tokens per row, computed like one token after the other."""
+    """A few tokens per row, computed as if one after the other."""
 
     def __init__(
         self,
@@ -327,8 +329,9 @@ class Decode:
         return self._exactly(step, x, dt, B, C, z)
 
     def _exactly(self, step, *packed: torch.Tensor) -> torch.Tensor:
-        """``step(0, *packed)`` of tensors (rows, tokens, ...); in exact mode token by token, each
-        from the stored state of the one before: a 16-bit state is rounded at every token."""
+        """``step(0, *packed)`` for tensors (rows, tokens, ...). In exact mode one token at a time,
+        each from the stored state of the one before, so that a 16-bit state is rounded after every
+        token."""
         if not is_exact() or packed[0].shape[1] <= 1:
             return step(0, *packed)
         parts = zip(*(t.split(1, 1) for t in packed))
@@ -357,7 +360,7 @@ class Decode:
 
 
 def _selective_scan(x, dt, A, B, C, D, z, dt_bias, **options):
-    """selective_scan_fn of tensors (B, T, channels); also the last states."""
+    """selective_scan_fn for tensors (B, T, channels); also returns the last states."""
     x, dt, B, C, z = (t.transpose(1, 2) for t in (x, dt, B, C, z))
     y, last = selective_scan_fn(
         x, dt, A, B, C, D, z, dt_bias, delta_softplus=True, return_last_state=True, **options
@@ -366,12 +369,12 @@ def _selective_scan(x, dt, A, B, C, D, z, dt_bias, **options):
 
 
 def _sequence(cu_seqlens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The packed sequence that each token ``index`` lies in."""
+    """The packed sequence to which each token ``index`` belongs."""
     return torch.searchsorted(cu_seqlens, index.to(torch.int32), right=True) - 1
 
 
 def _in_units(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """x as a cache of this dtype holds it, as ``attention_with_cache`` writes it."""
+    """x as a cache of this dtype stores it; the same as ``attention_with_cache`` writes."""
     if dtype != torch.float8_e4m3fn:
         return x.to(dtype)
     wide = x.double() if x.dtype == torch.float64 else x.float()

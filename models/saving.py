@@ -1,4 +1,4 @@
-"""Saving a model as a checkpoint folder in the Hugging Face layout, whole or not at all."""
+"""Save a model as a checkpoint folder in the Hugging Face layout, whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from nemokernels.models.files import CONFIG, INDEX, SINGLE, CheckpointError
 def save_pretrained(
     model: CausalLM, folder: str | os.PathLike, *, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Write ``config.json`` and safetensors shards that Hugging Face transformers reads too.
+    """Write ``config.json`` and safetensors shards, which transformers can read too.
 
-    A tensor that still has the dtype it was loaded in is written in its file's dtype, so that
-    loading and saving reproduces every byte; all others are written in the embeddings' dtype,
-    correction biases in float32. A model from a quantised checkpoint is written dequantised, one
-    from names without their prefix without it.
-    Everything is written beside ``folder``, flushed to the disk and renamed at once: a folder that
-    exists is complete.
+    A tensor that still has the dtype in which it was loaded is written in its file's dtype, so that
+    loading and saving reproduces every byte. All others are written in the embeddings' dtype,
+    correction biases in float32. A model that was loaded from a quantised checkpoint is written
+    dequantised; one whose tensor names had no prefix is written without it. Everything is written
+    to a folder beside ``folder``, flushed to the disk and then renamed, so that ``folder`` is
+    complete once it exists.
 
     Args:
         model: any model of this package that is not on meta.
-        folder: created, with its parents; it may exist if it is empty.
-        max_shard_bytes: a shard is closed before it would exceed this; a larger tensor has its own.
+        folder: is created, with its parents; it may exist if it is empty.
+        max_shard_bytes: largest size of a shard; a larger tensor gets a shard of its own.
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written.
@@ -57,7 +57,7 @@ def save_pretrained(
 
 
 class Output(NamedTuple):
-    """One tensor to write. ``read`` gives its values, in its shape; they are not kept."""
+    """One tensor to write. ``read`` returns its values in its shape; they are not kept."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,9 +75,9 @@ def write_folder(
     files: Mapping[str, bytes],
     max_shard_bytes: int,
 ) -> None:
-    """Write ``files`` and the tensors, in shards, beside ``folder``, and rename that at once.
+    """Write ``files`` and the tensors' shards beside ``folder``, then rename the result.
 
-    No more than one shard is in memory.
+    At most one shard is in memory.
     """
     folder = Path(os.path.abspath(folder))
     staging = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.incomplete"
@@ -104,7 +104,7 @@ def json_bytes(data: Mapping[str, object]) -> bytes:
 
 
 def config_bytes(config: Config, dtype: torch.dtype, **more: object) -> bytes:
-    """The config.json of a checkpoint whose weights have this dtype, with ``more`` fields."""
+    """The config.json of a checkpoint with weights of this dtype, plus the fields in ``more``."""
     data = config.to_dict()
     data.pop("torch_dtype", None)  # the old spelling of `dtype`
     return json_bytes({**data, "dtype": str(dtype).removeprefix("torch."), **more})
@@ -113,7 +113,7 @@ def config_bytes(config: Config, dtype: torch.dtype, **more: object) -> bytes:
 def _write_shards(
     folder: Path, outputs: Sequence[Output], max_shard_bytes: int
 ) -> dict[str, bytes]:
-    """Write the safetensors files; the index, if there is to be one, is returned."""
+    """Write the safetensors files; return the index if there are several."""
     shards: list[list[Output]] = []
     room = 0
     for output in outputs:

@@ -1,4 +1,4 @@
-"""Values for a model that was sharded before it had any: a rank draws or reads its own part."""
+"""Fill a model that was sharded before it had values: each rank reads its own part."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["deferred"]
 
 
 def deferred(folder: str | os.PathLike) -> tuple[CausalLM, Callable[[CausalLM], None]]:
-    """The model of a checkpoint folder on meta, in float32, and the function that fills it.
+    """Return a checkpoint's model on meta, in float32, and the function that fills it.
 
-    Between the two the model is sharded (``fully_shard``, ``split_experts``) and given memory
-    (``to_empty``). Every rank checks all headers and then reads, of each tensor, what it holds; of
-    one that is stored quantised it reads the whole.
+    Between the two calls, shard the model (``fully_shard``, ``split_experts``) and give it memory
+    (``to_empty``). Every rank checks all headers and then reads only its part of each tensor, but
+    the whole of a tensor that is stored quantised.
 
     Raises:
-        CheckpointError: as :func:`~nemokernels.models.from_pretrained`; both may.
+        CheckpointError: as :func:`~nemokernels.models.from_pretrained`, from either call.
     """
     with open_checkpoint(folder) as opened:
         model = build(opened.config, device="meta", dtype=torch.float32)

@@ -1,22 +1,21 @@
-"""A smaller Nemotron-H model out of the first components of a larger one: which part stays.
+"""Cut a smaller Nemotron-H model out of a larger one: which part of every tensor stays.
 
-Elastic checkpoints sort their components by importance, so that a nested model is a prefix of every
-axis. The axes:
+Elastic checkpoints sort their components by importance, so that a nested model keeps the first
+components along every axis. The axes are:
 
 * ``hidden_size``: the first channels of the residual stream.
-* ``mamba_num_heads``: the first heads of every group. A group's heads are neighbours and share B
-  and C, so every group loses as many.
+* ``mamba_num_heads``: the first heads of every group. The heads of a group are neighbours and share
+  B and C, so every group loses equally many.
 * ``mamba_head_dim``: the first channels of every Mamba head.
 * ``num_attention_heads``: the first query heads of every key-value head; keys and values stay.
 * ``intermediate_size``, ``moe_intermediate_size``, ``moe_shared_expert_intermediate_size``: the
   first neurons of an MLP, of every expert, of the shared expert.
 * ``n_routed_experts``: the first experts.
 * ``moe_latent_size``: the first channels between the latent projections.
-* ``layers``: the layers that stay; the residual stream passes by the others.
+* ``layers``: the layers that stay; the residual stream bypasses the others.
 
-State size, groups and key-value heads are no axes. A norm then averages over the channels that
-stay, as in training. Sources: Taghibakhshi et al., "Minitron-SSM", 2025, and "Nemotron Elastic",
-2025.
+State size, groups and key-value heads are fixed. A norm averages over the channels that stay, as in
+training. Sources: Taghibakhshi et al., "Minitron-SSM", 2025, and "Nemotron Elastic", 2025.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _EXPERT = re.compile(r"experts\.(?P<index>\d+)\.(?P<leaf>(?:up|down)_proj)\.weig
 
 
 class Cut(NamedTuple):
-    """What becomes of a tensor: its name, and for every dimension the ranges that stay."""
+    """What becomes of a tensor: its new name, and the ranges that stay in every dimension."""
 
     name: str
     kept: tuple[Ranges, ...]
@@ -63,7 +62,7 @@ def take(tensor: torch.Tensor, kept: tuple[Ranges, ...]) -> torch.Tensor:
 
 
 def length(ranges: Ranges) -> int:
-    """How many places lie inside the ranges."""
+    """How many positions the ranges cover."""
     return sum(stop - start for start, stop in ranges)
 
 
@@ -72,13 +71,13 @@ class Slicing:
 
     Args:
         parent: the configuration of the whole model.
-        widths: axis -> width. An axis that layers may have for themselves also takes an object
-            that maps numbers of the parent's layers (the MTP block's count on) to widths.
-            ``layers`` is a list of numbers. What is not named stays as it is.
+        widths: axis -> width. For an axis on which layers may differ, the width may also be an
+            object that maps indices of the parent's layers to widths (the MTP block's layers follow
+            the trunk's). ``layers`` is a list of indices. What is not named stays as it is.
 
     Attributes:
         child: the nested model's configuration.
-        layers: numbers of the parent's layers that stay, the MTP block's among them.
+        layers: indices of the parent's layers that stay, the MTP block's included.
 
     Raises:
         ConfigError: an unknown axis, one that the parent does not have, a width above the parent's
@@ -109,7 +108,7 @@ class Slicing:
     def cut(self, name: str) -> Cut | None:
         """What becomes of the parent's tensor ``name``, or None if nothing of it stays.
 
-        Names as in a published checkpoint, or of a stack of experts in memory.
+        ``name`` is that of a published checkpoint, or of a stack of experts in memory.
         """
         hidden, match = _first(self.child.hidden_size), _LAYER.fullmatch(name)
         if match is None:
@@ -176,7 +175,7 @@ class Slicing:
 def _mixer(
     old: NemotronHConfig, new: NemotronHConfig, letter: str, leaf: str
 ) -> tuple[Ranges, ...] | None:
-    """The ranges of a mixer's tensor that stay, from the sizes of the layer before and after."""
+    """The ranges of a mixer's tensor that stay, from the layer's sizes before and after."""
     hidden = _first(new.hidden_size)
     if letter == "*":
         group = old.num_attention_heads // old.num_key_value_heads
@@ -251,7 +250,7 @@ def _groups(groups: int, size: int, keep: int) -> Ranges:
 
 
 def _units(ranges: Ranges, size: int, keep: int) -> Ranges:
-    """Inside the ranges of units of ``size`` places, the first ``keep`` places of every unit."""
+    """Inside ranges of units of ``size`` positions, the first ``keep`` positions of every unit."""
     if keep == size:
         return tuple((start * size, stop * size) for start, stop in ranges)
     units = [unit for start, stop in ranges for unit in range(start, stop)]
@@ -259,7 +258,7 @@ def _units(ranges: Ranges, size: int, keep: int) -> Ranges:
 
 
 def _trunk(parent: NemotronHConfig, layers: object) -> list[int]:
-    """The numbers of the trunk's layers that stay."""
+    """Indices of the trunk's layers that stay."""
     count = len(parent.pattern)
     if layers is None:
         return list(range(count))

@@ -1,4 +1,4 @@
-"""What a model remembers of its sequences: convolution windows, SSM states, keys and values."""
+"""What a model remembers of its sequences: convolution windows, SSM states, keys, values."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["State"]
 class State:
     """Caches of ``slots`` sequences: convolution windows, SSM states, keys and values.
 
-    A model may put ``meta_tokens`` of its own before every sequence. They are part of a slot from
-    the start (:meth:`begin_with`) and not counted, neither in ``max_length`` nor in the lengths.
+    A model may put ``meta_tokens`` of its own before every sequence. A slot holds them from the
+    start (:meth:`begin_with`); neither ``max_length`` nor the lengths count them.
 
     Args:
-        config: of the model; its ``mamba_layers`` and ``kv_heads`` say which layers keep what.
+        config: the model's; its ``mamba_layers`` and ``kv_heads`` say which layers keep what.
         slots: sequences held at once.
         max_length: tokens a sequence may have, drafts included.
-        draft_tokens: tokens beyond the first that one decode call may take. Every slot keeps one
-            SSM state per token of a call.
-        dtype: of the convolution windows.
-        kv_dtype: of keys and values, also float8_e4m3fn; None: ``dtype``.
-        kv_scales: attention layer -> what a unit of its E4M3 keys and of its values stands for;
-            1 where absent.
-        ssm_dtype: of the SSM states; None: the config's ``mamba_ssm_cache_dtype``, or float64 for
-            a float64 model.
+        draft_tokens: how many tokens beyond the first one decode call may take. Every slot keeps
+            one SSM state per token of a call.
+        dtype: the convolution windows'.
+        kv_dtype: the keys' and values', also float8_e4m3fn; None: ``dtype``.
+        kv_scales: attention layer -> scales of its E4M3 keys and values (value = scale * code); 1
+            where absent.
+        ssm_dtype: the SSM states'; None: the config's ``mamba_ssm_cache_dtype``, or float64 for a
+            float64 model.
         device: where it lives.
 
     Attributes:
@@ -38,9 +38,9 @@ class State:
             state after position n is entry ``n % (draft_tokens + 1)``.
         keys, values: per attention layer, (slots, prefix + max_length, KV heads, head_dim). Layers
             of the MTP block count on from the trunk's.
-        prefix: places at the start of every slot that the model's meta tokens take.
+        prefix: number of places at the start of every slot that the meta tokens take.
         lengths, mtp_lengths: (slots,) int32, tokens held for the trunk and for the MTP block. They
-            alone say what is current: to reject drafts is not to count them.
+            alone define what is current: rejected drafts are simply not counted.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class State:
             shape = (slots, self.prefix + max_length, heads, config.head_dim)
             self.keys[index], self.values[index] = (zeros(*shape, kind=kv_dtype) for _ in "kv")
         self.kv_scales = {} if kv_dtype != torch.float8_e4m3fn else dict(kv_scales or {})
-        # One entry more than there are slots: padding rows read and write the last.
+        # One entry more than there are slots: padding rows read and write the last one.
         self.all_lengths = zeros(slots + 1, kind=torch.int32)
         self.all_mtp_lengths = zeros(slots + 1, kind=torch.int32)
         self.pending: tuple[torch.Tensor, int] | None = None
-        # What a sequence begins with: zero, or per recurrent tensor what begin_with found.
+        # What a sequence begins with: zeros, or the tensors that begin_with saved.
         self.beginning: list[torch.Tensor] | None = None
 
     @property
@@ -112,8 +112,8 @@ class State:
     def accept(self, counts: torch.Tensor | Sequence[int] | None = None) -> None:
         """Keep the first ``counts[b]`` tokens of every row of the last decode call.
 
-        The rest is forgotten, as if it had never been computed. Exactly one accept follows every
-        decode call of the trunk.
+        The others are forgotten, as if they had never been computed. Every decode call of the trunk
+        must be followed by exactly one accept.
 
         Args:
             counts: (B,), 1 to T; None: all tokens of all rows. Entries of padding rows are ignored.
@@ -137,7 +137,7 @@ class State:
         self.all_mtp_lengths[self.rows(slots)] += counts
 
     def reset(self, slots: Sequence[int] | None = None) -> None:
-        """Forget the sequences in ``slots``, by default all. They can then start anew."""
+        """Forget the sequences in ``slots``, by default all, so that new ones can start there."""
         self.check_settled("State.reset")
         rows = list(range(self.slots)) if slots is None else list(slots)
         for tensor in (*self._recurrent(), self.all_lengths, self.all_mtp_lengths):
@@ -146,8 +146,8 @@ class State:
             tensor[rows] = first
 
     def begin_with(self, slot: int) -> None:
-        """Let every sequence begin with what ``slot`` holds now: all slots at once, and every slot
-        that is reset later. Of keys and values, the ``prefix`` places are copied."""
+        """Let every sequence begin with what ``slot`` holds now: in all slots at once, and in every
+        slot that is reset later. Of the keys and values, only the ``prefix`` places are copied."""
         self.check_settled("State.begin_with")
         self.beginning = [tensor[slot].clone() for tensor in self._recurrent()]
         for tensor, first in zip(self._recurrent(), self.beginning):
@@ -167,7 +167,7 @@ class State:
         return [tensor.clone() for tensor in self._tensors()]
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
-        """Return to a snapshot, also from within an unaccepted decode call."""
+        """Return to a snapshot, even while a decode call has not been accepted."""
         for tensor, saved in zip(self._tensors(), snapshot, strict=True):
             tensor.copy_(saved)
         self.pending = None

@@ -1,4 +1,4 @@
-"""Two parts of a layer at the same time, on a GPU."""
+"""Run two parts of a layer at the same time on a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nemokernels.models.linear import is_exact
 
 __all__ = ["aside", "pays"]
 
-ROWS = 512  # above it one part fills the GPU by itself; where exactly is not measured
+ROWS = 512  # with more rows one part fills the GPU; the exact limit is not measured
 
 
 def pays(x: torch.Tensor) -> bool:
     """Whether work on the rows of x leaves room on its GPU for other work.
 
-    Not in exact mode, which promises nothing about speed, and not in a graph that torch.compile
-    orders.
+    False in exact mode, which promises nothing about speed, and under torch.compile, which orders
+    the graph itself.
     """
     few = x.numel() <= ROWS * x.shape[-1]
     return x.is_cuda and few and not is_exact() and not torch.compiler.is_compiling()
@@ -27,11 +27,11 @@ def pays(x: torch.Tensor) -> bool:
 def aside(
     part: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
-    """Begin ``part(x)``; the function that is returned waits for it and gives the result.
+    """Begin ``part(x)``; return a function that waits for it and returns its result.
 
-    Where it :func:`pays`, the part is issued on a second stream, which begins at what the present
-    stream has reached. Autograd runs its backward on that stream too and joins the two itself. It
-    can be captured in a CUDA graph. Elsewhere the part runs at once.
+    Where it :func:`pays`, the part runs on a second stream, after everything the current stream
+    holds already. Autograd runs its backward on that stream too and joins the two itself. CUDA
+    graphs can capture it. Elsewhere the part runs at once.
     """
     if not pays(x):
         y = part(x)
@@ -40,7 +40,7 @@ def aside(
     side.wait_stream(here)
     with torch.cuda.stream(side):
         y = part(x)
-    x.record_stream(side)  # its memory must not be used again before the side has read it
+    x.record_stream(side)  # keeps its memory until the second stream has read it
 
     def joined() -> torch.Tensor:
         here.wait_stream(side)

@@ -1,4 +1,4 @@
-"""The released models: their configurations, exact sizes, and what is not public of them."""
+"""The released models: configurations, exact sizes, and what about them is not public."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Precision:
     """Which layers of a checkpoint are quantised.
 
     Attributes:
-        rules: (pattern, algorithm): the first pattern that a linear layer's name matches decides:
-            BF16, FP8, NVFP4 or W4A16_NVFP4. Without a match it is BF16.
-        kv: of the key-value cache: bf16 or fp8.
-        ssm: of the SSM states: fp16, or None for what the configuration says.
-        assumed: what of this is not public but assumed, or None.
+        rules: (pattern, algorithm) pairs; the algorithm is BF16, FP8, NVFP4 or W4A16_NVFP4. The
+            first pattern that matches a linear layer's name decides; without a match it is BF16.
+        kv: the key-value cache's: bf16 or fp8.
+        ssm: the SSM states': fp16, or None for what the configuration says.
+        assumed: what here is not public but assumed, or None.
     """
 
     rules: tuple[tuple[str, str], ...]
@@ -36,21 +36,21 @@ class Variant:
     """One released model.
 
     Attributes:
-        name: as its makers write it.
+        name: the name as its makers write it.
         family: the series it belongs to.
         hub_id: its Hugging Face repository, or None.
         other_hub_ids: repositories of models with the same tensors: another stage of training, a
             longer context, or quantised.
-        published: the number of parameters its makers state, as they round it, or None.
-        active: how many of them a token uses, as stated, or None where all do.
-        parameters, tensors: exact counts of what its checkpoint stores, or None where not known.
+        published: the rounded number of parameters that its makers state, or None.
+        active: how many of them are active per token, as stated, or None if all are.
+        parameters, tensors: exact counts of what its checkpoint stores, or None if not known.
         config: its configuration, or None; then either ``arguments`` names the fields that are not
             public and must be given, or ``reason`` says why there is none.
         fields: what is known of its config.json.
-        part: what ``config`` describes, where that is not the whole model.
-        precisions: "fp8" or "nvfp4" -> how its quantised checkpoint is quantised, where that is
-            known at least in part.
-        unknown: what is not public of it.
+        part: the part that ``config`` describes, if that is not the whole model.
+        precisions: "fp8" or "nvfp4" -> how its quantised checkpoint is quantised, if at least part
+            of that is known.
+        unknown: what about it is not public.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Variant:
     def answers_to(self, name: str) -> bool:
         """Whether ``name`` is its name, one of its hub ids, or the part of one after the slash.
 
-        Capitals do not count, and a space may be a hyphen.
+        Case does not matter, and a space may be written as a hyphen.
         """
         ids = [hub_id for hub_id in (self.hub_id, *self.other_hub_ids) if hub_id]
         known = (self.name, *ids, *(hub_id.rpartition("/")[2] for hub_id in ids))
@@ -104,7 +104,7 @@ def _variant(entry: dict[str, object]) -> Variant:
 
 
 def list_variants() -> list[Variant]:
-    """Every released model of the Nemotron series and of their predecessors, in families."""
+    """All released models of the Nemotron series and its predecessors, family by family."""
     return list(_table())
 
 
@@ -122,14 +122,15 @@ def find_variant(name: str) -> Variant:
 
 
 def find_config(name_or_config: str | Config, **arguments: object) -> Config:
-    """The configuration of a variant, see :func:`find_variant`; a configuration is returned as is.
+    """The configuration of a variant (:func:`find_variant`); a configuration is returned unchanged.
 
     Args:
         arguments: fields of its config.json that are not public, see ``Variant.arguments``.
 
     Raises:
         TypeError: neither a name nor a configuration.
-        ValueError: no such variant, one without a configuration, or not the arguments it needs.
+        ValueError: there is no such variant, it has no configuration, or the arguments are not
+            those it needs.
         ConfigError: an argument is not as it must be.
     """
     if isinstance(name_or_config, Config) and not arguments:

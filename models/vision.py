@@ -31,10 +31,10 @@ def flatten_patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def bilinear_weights(size: int, given: int, device: torch.device | None = None) -> torch.Tensor:
-    """The matrix (size, given) of linear interpolation from ``given`` samples to ``size``, float64.
+    """Matrix (size, given), float64, that interpolates linearly from ``given`` samples to ``size``.
 
-    Sample centres are aligned, edges repeat and nothing is smoothed when it shrinks: torch's
-    ``interpolate(mode="bilinear", align_corners=False)``, along one axis.
+    As torch's ``interpolate(mode="bilinear", align_corners=False)`` along one axis: sample centres
+    are aligned, edges repeat, and shrinking does not smooth.
     """
     centres = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * given / size - 0.5
     centres = centres.clamp(0, given - 1)
@@ -43,7 +43,7 @@ def bilinear_weights(size: int, given: int, device: torch.device | None = None) 
 
 
 class ClassTokens(nn.Module):
-    """Class and register tokens, which the encoder sees before the patches."""
+    """Class and register tokens, which precede the patches."""
 
     def __init__(self, tokens: int, width: int, **kwargs):
         super().__init__()
@@ -51,7 +51,7 @@ class ClassTokens(nn.Module):
 
 
 class PatchGenerator(nn.Module):
-    """Patches to tokens: a linear map without bias, a position from the learned grid, a prefix.
+    """Turn patches into tokens: a linear map without bias, learned positions, and a prefix.
 
     The grid is resized to the image. An image that is not square takes the upper left part of the
     square grid resized to its longer side (source: transformers 5.23, ``models/radio``).
@@ -66,9 +66,10 @@ class PatchGenerator(nn.Module):
         self.cls_token = ClassTokens(config.num_prefix_tokens, width, **kwargs)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """(P, W) of the grid resized to rows x columns, in float32 or wider.
+        """(P, W): the position grid resized to rows x columns, in float32 or wider.
 
-        Two matrix products: unlike torch's interpolation their gradient has one order of sums.
+        Computed as two matrix products: unlike torch's interpolation, their gradient sums in a
+        fixed order.
         """
         wide = acc_dtype(self.pos_embed)
         weights = bilinear_weights(max(rows, columns), self.grid, self.pos_embed.device).to(wide)
@@ -85,7 +86,7 @@ class PatchGenerator(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token attends to every token of its image; torch's scaled dot product."""
+    """Every token attends to every token of its image, by torch's scaled dot product."""
 
     def __init__(self, config: VisionConfig, **kwargs):
         super().__init__()
@@ -101,7 +102,7 @@ class Attention(nn.Module):
 
 
 class FFN(nn.Module):
-    """``fc2(gelu(fc1(x)))`` with the exact GELU, x times the normal distribution function of x."""
+    """``fc2(gelu(fc1(x)))`` with the exact GELU, x times the normal distribution function."""
 
     def __init__(self, config: VisionConfig, **kwargs):
         super().__init__()
@@ -149,9 +150,9 @@ class Radio(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Normalised pixels to one vector per patch.
+    """Turn normalised pixels into one vector per patch.
 
-    There is no norm after the last block, and the prefix tokens are dropped.
+    There is no norm after the last block; the prefix tokens are dropped.
 
     Args:
         config: its sizes; the number of prefix tokens and the side of the grid must be known.

@@ -24,7 +24,7 @@ PREFIX = "vision_model.radio_model.model.patch_generator."
 SHUFFLE = 2  # rows and columns of patches that become one token
 _FIXED = {"model_type": MODEL_TYPE, "downsample_ratio": 1 / SHUFFLE, "ps_version": "v2"}
 
-# C-RADIO's config.json names a timm model instead of sizes. Of these the family uses one.
+# C-RADIO's config.json names a timm model instead of sizes. The family uses this one.
 TIMM = {
     "vit_huge_patch16_224": {
         "hidden_size": 1280,
@@ -41,7 +41,7 @@ class VisionConfig:
     """Sizes of the C-RADIO encoder.
 
     ``num_prefix_tokens`` (class and register tokens together) and ``grid_size`` (side of the square
-    position grid, in patches) are None until a checkpoint's tensors or the caller says them.
+    position grid, in patches) are None until a checkpoint's tensors or the caller supplies them.
     ``extra`` keeps the fields of ``vision_config`` that are not interpreted here.
     """
 
@@ -61,7 +61,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> VisionConfig:
-        """Read ``vision_config``: sizes by their names, or by ``args.model``, a timm model."""
+        """Read ``vision_config``; its sizes are fields or follow from ``args.model``."""
         check_object(data, "vision_config")
         left = {key: value for key, value in data.items() if value is not None}
         args = left.get("args", {})
@@ -89,7 +89,7 @@ class VisionConfig:
         return cls(**sizes, extra=left)
 
     def check_known(self) -> None:
-        """Raise while a size that only a checkpoint or the caller can say is not known."""
+        """Raise if a size that only a checkpoint or the caller can supply is missing."""
         for name in ("num_prefix_tokens", "grid_size"):
             if getattr(self, name) is None:
                 raise ConfigError(
@@ -103,11 +103,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class NemotronVLConfig:
-    """What config.json says of a vision-language model, under the names config.json uses.
+    """The config.json of a vision-language model, under the names that the file uses.
 
     The normalisation constants, per channel of an image scaled to [0, 1], and the id of the image
-    token are None where the file is silent: nothing is assumed for them. ``extra`` keeps every
-    field that is not interpreted here.
+    token are None if the file does not give them; nothing is assumed. ``extra`` keeps the fields
+    that are not interpreted here.
 
     Raises:
         ConfigError: a field is missing, has the wrong type or value, or two fields disagree.
@@ -160,7 +160,7 @@ class NemotronVLConfig:
 
     model_type = MODEL_TYPE
 
-    # What the trainer, the generator and the loader ask of any configuration.
+    # The trainer, the generator and the loader ask any configuration for these.
     @property
     def vocab_size(self) -> int:
         return self.llm_config.vocab_size
@@ -215,18 +215,18 @@ class NemotronVLConfig:
             key: list(value) if isinstance(value, tuple) else value for key, value in own.items()
         }
         own = {key: value for key, value in own.items() if value is not None}
-        v = self.vision_config  # other readers look for these beside it
+        v = self.vision_config  # other readers expect these at the top
         own |= {"patch_size": v.patch_size, "vit_hidden_size": v.hidden_size}
         return {"architectures": [MODEL_TYPE], **_FIXED, **self.extra, **own}
 
     def completed(
         self, shapes: Mapping[str, tuple[int, ...]], preprocessor: Mapping[str, object]
     ) -> NemotronVLConfig:
-        """This configuration with what a checkpoint's other files say.
+        """This configuration, completed from a checkpoint's other files.
 
         Args:
-            shapes: of the stored tensors, by name. The class tokens give ``num_prefix_tokens``,
-                the position grid its side.
+            shapes: shapes of the stored tensors, by name. The class tokens give
+                ``num_prefix_tokens``, the position grid gives ``grid_size``.
             preprocessor: the content of preprocessor_config.json, for the normalisation constants
                 (``norm_mean`` or ``image_mean``, and the same for std).
 
@@ -258,7 +258,7 @@ class NemotronVLConfig:
 
 
 def refuse_sound(data: Mapping[str, object]) -> None:
-    """Raise for a model that hears: Nemotron Omni, under any name."""
+    """Raise if the model has a sound encoder, like Nemotron Omni."""
     for name in ("sound_config", "audio_config"):
         if data.get(name) is not None:
             raise ConfigError(f"`{name}`: not supported: sound encoder")
@@ -283,7 +283,7 @@ def _check_types(config) -> None:
 
 
 def _triple(name: str, value: object) -> tuple[float, float, float] | None:
-    """Three finite numbers, or None for none."""
+    """Three finite numbers, or None."""
     if value is None:
         return None
     numbers = list(value) if isinstance(value, (list, tuple)) else []
