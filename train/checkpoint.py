@@ -2,7 +2,7 @@
 
 ``<out>/checkpoints/step-00000100/`` holds every rank's shards of the parameters, buffers and AdamW
 moments, and ``state.json``. It is written under a name that ends in ``.incomplete``, synced and
-renamed, so a folder without that ending is complete. A different number of ranks can load it.
+then renamed, so a folder without that ending is complete. Any number of ranks can load it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """Every tensor a run consists of, by name; the moments are created as zeros if need be."""
+    """All tensors of a run, by name. Missing moments are created as zeros."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     found = {f"model.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
     for group in optimizer.param_groups:
@@ -65,10 +65,12 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write checkpoint ``step``; ``facts`` must be met again on resume. Keeps the newest ``keep``.
+    """Write the checkpoint of ``step`` and keep the newest ``keep``.
+
+    A run can resume from it only with equal ``facts``.
 
     Raises:
-        OSError: the folder cannot be written. Nothing half-written is left under a final name.
+        OSError: the folder cannot be written. No incomplete checkpoint is left under a final name.
     """
     target = folder / f"step-{step:08d}"
     staging = target.with_name(target.name + ".incomplete")
@@ -99,10 +101,11 @@ def save(
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.AdamW, facts: dict[str, Any]) -> int:
-    """Fill module and optimizer from checkpoint ``path``; return the step it was taken at.
+    """Fill module and optimizer from the checkpoint at ``path``; return its step.
 
     Raises:
-        ResumeError: it is damaged, or was written by a run with other ``facts`` (they are named).
+        ResumeError: it is damaged, or a run with different ``facts`` wrote it; the message names
+            them.
     """
     try:
         state = json.loads((path / "state.json").read_text())
@@ -137,7 +140,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.AdamW, facts: dic
 
 @contextlib.contextmanager
 def _single_process_is_meant() -> Iterator[None]:
-    """DCP warns, without a process group, that it assumes a single process. That is so."""
+    """Without a process group DCP warns that it assumes a single process, which is right here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""The command line of nemokernels, a function per command."""
+"""The command line of nemokernels: one function per command."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nemokernels.train.data import DataError
 from nemokernels.train.demo import demo
 from nemokernels.train.model_commands import models, slice_
 
-# What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
+# Errors that a user can cause and fix. Any other is a bug here and keeps its traceback.
 USER_ERRORS = (CheckpointError, ConfigError, DataError, ResumeError, OSError, ValueError)
 
 
 def env(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
-    """Print versions, devices, the compiled library, and every op's backend and why.
+    """Print versions, devices, the compiled library, and every op's backend with the reason.
 
     Args:
         as_json: print JSON.
@@ -37,16 +37,17 @@ def env(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
 
 
 def selftest() -> int:
-    """Check every backend that can run here against the float64 reference; record the verdicts."""
+    """Check every backend that can run here against the reference, and record the verdicts."""
     return 0 if report.run_selftest(Console()) else 1
 
 
 def build(archs: tuple[str, ...] = (), jobs: int | None = None) -> int:
-    """Compile the CUDA kernels with nvcc, for the GPU present or for the architectures named.
+    """Compile the CUDA kernels with nvcc for this machine's GPU or for the architectures given.
 
     Args:
-        archs: for example 90a 100a. 100a and 120a need CUTLASS's headers.
-        jobs: compilers at a time; one that reads CUTLASS takes up to 6 GB. Default: the processors.
+        archs: for example 90a 100a; 100a and 120a need CUTLASS's headers.
+        jobs: how many compilers run at a time, by default one per processor; one that reads CUTLASS
+            takes up to 6 GB.
     """
     from nemokernels._build import build
 
@@ -69,7 +70,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 if it succeeded, 1 if a check failed, 2 on a mistake of the user."""
+    """Run a command. Returns 0 on success, 1 if a check failed, 2 after an error of the user's."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -55,10 +55,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_model(source: str, *, seed: int) -> tuple[CausalLM, Callable[[CausalLM], None]]:
-    """A checkpoint folder's model, or a fresh one from a config.json or a variant's name.
+    """The model of a checkpoint folder, or a new one from a config.json or a variant's name.
 
-    It is on meta, and the function fills it once it is sharded. Weights are float32: the optimizer
-    updates them.
+    The model is on meta; call the returned function to fill it once it is sharded. Weights are
+    float32, as the optimizer updates them.
     """
     path = Path(source)
     if path.is_dir():
@@ -83,7 +83,7 @@ def fit(
     fresh: bool,
     fill: Callable[[CausalLM], None] | None = None,
 ) -> list:
-    """Train (or continue), then write the model, its tokenizer and the loss curve into ``out``."""
+    """Train or continue, then write the model, its tokenizer and the loss curve to ``out``."""
     largest = int(corpus.tokens.max())
     if largest >= model.config.vocab_size:
         raise DataError(
@@ -118,14 +118,14 @@ def train(
     save_every: int = 100,
     fresh: bool = False,
 ) -> int:
-    """Train on text files. Run it under torchrun to shard the model over several processes.
+    """Train on text files. Under torchrun the model is sharded over several processes.
 
     Args:
         model: a config.json, a checkpoint folder to start from, or a variant's name.
         data: text files (UTF-8), or folders of them.
         out: folder for checkpoints, log, loss curve and, at the end, the model.
         settings: what the run computes.
-        tokenizer: a tokenizer.json; without it, the one beside the model.
+        tokenizer: a tokenizer.json; by default the one beside the model.
         save_every: steps between checkpoints.
         fresh: start over instead of continuing from the newest checkpoint in ``out``.
     """
@@ -159,7 +159,7 @@ def look(
     image_token_id: int | None,
     **options,
 ) -> VisionPrompt:
-    """The one prompt about these pictures and videos, as a model that sees takes it."""
+    """Build the prompt for a vision-language model from one text, pictures and videos."""
     if not isinstance(model, NemotronVL):
         raise DataError(f"--image and --video need a model that sees, this is a {model.name}")
     if len(prompt) != 1:
@@ -210,20 +210,20 @@ def generate(
     Args:
         folder: model folder: config.json, safetensors, tokenizer.json.
         prompt: one or more texts to continue.
-        image: pictures that a vision-language model sees; <image> in the prompt marks their places,
-            without it they come first.
-        video: folders of frames, GIFs or APNGs; their marker is <video>.
-        video_fps: frames per second of their source; without it, what a GIF or APNG says.
-        video_pruning_rate: share of a video's tokens to drop; without it, the model's.
-        image_token_id: where neither config.json nor the tokenizer names it.
+        image: pictures for a vision-language model; <image> in the prompt marks their places,
+            otherwise they come first.
+        video: folders of frames, GIFs or APNGs; <video> marks their places.
+        video_fps: frames per second of the source; by default what a GIF or APNG says.
+        video_pruning_rate: share of a video's tokens to drop; by default the model's.
+        image_token_id: needed if neither config.json nor the tokenizer names it.
         max_new_tokens: longest continuation, in tokens.
         speculate: tokens the MTP block drafts per step; 0 turns it off.
-        exact: multiply every token's row on its own, so that the result depends neither on the
-            batch nor on speculation. Slower.
-        temperature: 0 is greedy.
-        top_k: sample among this many tokens.
-        top_p: sample among the smallest set of this probability.
-        seed: of the random numbers.
+        exact: compute every token on its own, so that the result depends neither on the batch nor
+            on speculation; slower.
+        temperature: 0 decodes greedily.
+        top_k: sample among this many most likely tokens.
+        top_p: sample among the smallest set of tokens with this probability.
+        seed: seed of the random numbers.
         as_json: print JSON.
     """
     if not prompt:

@@ -1,7 +1,7 @@
-"""Text in, packed batches of token ids out.
+"""Turn text into packed batches of token ids.
 
-The order of batches is a pure function of (seed, step): resuming needs the step number and nothing
-else, and the global batch of a step does not depend on how many ranks share it.
+The order of batches is a pure function of (seed, step). So resuming needs only the step number, and
+the global batch of a step does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS = 0, 1, 2  # the ids Nemotron configurations use
 IGNORE = -100
-# test/ and the 2to3 fixtures hold deliberately broken encodings.
+# test/ and the fixtures of 2to3 contain deliberately broken encodings.
 _SKIPPED_STDLIB = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__"}
 
 
 class DataError(ValueError):
-    """The text given cannot be trained on; the message names the file and the reason."""
+    """The given text cannot be trained on; the message names the file and the reason."""
 
 
 def standard_library(limit_bytes: int = 6_000_000) -> list[Path]:
@@ -37,10 +37,10 @@ def standard_library(limit_bytes: int = 6_000_000) -> list[Path]:
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:
-    """The files named, and all files below the folders named, sorted.
+    """The given files and all files below the given folders, sorted.
 
     Raises:
-        DataError: a path does not exist, or nothing is found.
+        DataError: a path does not exist, or there are no files.
     """
     files = []
     for path in map(Path, paths):
@@ -59,7 +59,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
     """The files' texts; empty files are dropped.
 
     Raises:
-        DataError: a file is not UTF-8 (the message gives the byte) or no text is left.
+        DataError: a file is not UTF-8 (the message gives the byte), or no text is left.
     """
     texts = []
     for path in files:
@@ -96,7 +96,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents end to end, each followed by EOS. ``ends`` are the exclusive end positions."""
+    """Documents end to end, each followed by EOS; ``ends`` are their exclusive end positions."""
 
     tokens: torch.Tensor  # (n,) int64
     ends: torch.Tensor  # (documents,) int64
@@ -112,8 +112,9 @@ class Corpus:
 class Batch(NamedTuple):
     """``tokens`` (1, n) holds sequences end to end; ``cu_seqlens`` (sequences + 1) bounds them.
 
-    ``pixels`` (tiles, 3, S, S) are the normalised tiles of the images among them, in their order,
-    for a model that sees. Sharded, all ranks must have some or none; no tile at all is some.
+    For a vision-language model, ``pixels`` (tiles, 3, S, S) are the normalised tiles of the images
+    in the sequences, in order. If the model is sharded, either all ranks must have a tensor
+    (possibly of zero tiles) or none.
     """
 
     tokens: torch.Tensor
@@ -124,7 +125,7 @@ class Batch(NamedTuple):
 class Batches:
     """Windows of ``seq_len`` tokens, shuffled anew every epoch, ``windows`` of them per step.
 
-    A window is cut where a document ends inside it, so no sequence holds two documents.
+    A window is split where a document ends inside it, so no sequence spans two documents.
     """
 
     def __init__(self, corpus: Corpus, *, seq_len: int, windows: int, seed: int):
@@ -138,7 +139,7 @@ class Batches:
         self._order: tuple[int, torch.Tensor] | None = None
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The part of step ``step``'s global batch that ``rank`` of ``world`` works on."""
+        """The part of a step's global batch that ``rank`` of ``world`` works on."""
         per_epoch = self.count // self.windows
         epoch, position = divmod(step, per_epoch)
         first = position * self.windows
@@ -162,7 +163,7 @@ class Batches:
 
 
 def shuffled(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """The numbers below ``count`` in the order of this epoch."""
+    """The numbers below ``count`` in this epoch's order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
 
 

@@ -1,4 +1,4 @@
-"""The main job, small: train on real text, save, load in a fresh process, generate with MTP."""
+"""The whole workflow in small: train on text, save, load in a new process, generate with MTP."""
 
 from __future__ import annotations
 
@@ -76,19 +76,19 @@ def demo(
 ) -> int:
     """Train a small Nemotron-3-Super-shaped model on text, then generate with it.
 
-    Prints losses, tokens per second, the length MTP speculation accepts, whether greedy output is
-    the same with and without it, and every op's backend. Fails if the loss fell by less than 30 %,
-    nothing was drafted, the mean accepted length is 1.3 or less, or the outputs differ.
+    Prints losses, tokens per second, the mean length that MTP speculation accepts, whether greedy
+    output is the same with and without it, and every op's backend. Fails if the loss fell by less
+    than 30 %, nothing was drafted, the mean accepted length is 1.3 or less, or the outputs differ.
 
     Args:
         data_paths: text files or folders; default: the Python standard library's own sources.
-        out: where everything is written. A rerun continues from its newest checkpoint.
+        out: where everything is written; a rerun continues from the newest checkpoint there.
         steps: optimizer steps.
         fresh: start over.
     """
     console = Console()
-    # No operation of a model this small is worth sharing: two threads mostly wait for each other,
-    # and on a busy machine for the scheduler too.
+    # No operation of so small a model is worth sharing: two threads would mostly wait for each
+    # other and, on a busy machine, for the scheduler.
     torch.set_num_threads(1)
     files = data.text_files(data_paths) if data_paths else data.standard_library()
     texts = data.read_texts(files)
@@ -120,7 +120,7 @@ def _tokenizer(out: Path, texts: list[str], *, fresh: bool):
 
 
 def _generate(folder: Path, prompts: list[str], *, drafts: int) -> dict[str, Any]:
-    """Run ``nemokernels generate`` in a fresh process: what was saved is all it has."""
+    """Run ``nemokernels generate`` in a new process, which has only what was saved."""
     command = [sys.executable, "-m", "nemokernels.train.cli", "generate", str(folder)]
     command += ["--exact", "--json", "--max-new-tokens", str(NEW_TOKENS)]
     command += ["--speculate", str(drafts), "--prompt", *prompts]
@@ -134,7 +134,7 @@ def _generate(folder: Path, prompts: list[str], *, drafts: int) -> dict[str, Any
 def verdicts(
     reports: list[Report], plain: dict[str, Any], drafted: dict[str, Any]
 ) -> dict[str, bool]:
-    """The demo's claims, each true or false. One step's text is easier than another's: the last
+    """The demo's claims, each true or false. As steps differ in how easy their text is, the last
     loss is the mean over a tenth of the run."""
     tail = reports[-max(1, len(reports) // 10) :]
     first, last = reports[0].losses[0], sum(r.losses[0] for r in tail) / len(tail)

@@ -1,4 +1,4 @@
-"""The training log: one JSON line per step, the progress line, the loss curve."""
+"""The training log: one JSON line per step, a progress bar, the loss curve."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from nemokernels.train.trainer import Report
 
 
 class Log:
-    """Appends reports to ``path`` and shows them on a progress bar.
+    """Append reports to ``path`` and show them on a progress bar.
 
-    On resume at ``step`` the lines after it (written by steps whose checkpoint was lost) go.
+    When a run resumes at ``step``, later lines are removed: they are of steps whose checkpoint was
+    lost.
     """
 
     def __init__(self, path: Path, *, step: int, steps: int, show: bool = True):
@@ -61,7 +62,7 @@ class Log:
 
 
 def read(path: Path) -> list[Report]:
-    """The reports in a log; a last line cut short by a crash is dropped."""
+    """The reports in a log, without a last line that a crash cut short."""
     reports = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""``nemokernels models`` and ``nemokernels slice``: what a model is, without running it."""
+"""``nemokernels models`` and ``nemokernels slice``: commands about models that run none."""
 
 from __future__ import annotations
 
@@ -38,16 +38,18 @@ def models(
     reserve: float = 0.1,
     given: tuple[str, ...] = (),
 ) -> int:
-    """List the released models, describe one, or say how much memory serving it takes.
+    """List the released models, describe one, or compute how much memory serving it takes.
 
     Args:
-        name: a model's name or hub id, a checkpoint folder or a config.json; without it, the list.
-        memory: weights, key-value cache and Mamba states, and on how many GPUs they fit.
-        precision: of the weights: bf16, fp8, nvfp4.
+        name: a model's name or hub id, a checkpoint folder or a config.json; without it, all are
+            listed.
+        memory: show the size of weights, key-value cache and Mamba states, and how many GPUs they
+            need.
+        precision: precisions of the weights: bf16, fp8, nvfp4.
         context: tokens per sequence.
         batch: sequences held at once.
         gpu_gb: GPU sizes in GB (10^9 bytes); by default H100 80, H200 141, B200 192.
-        reserve: part of every GPU left for activations and workspaces.
+        reserve: share of every GPU left for activations and workspaces.
         given: FIELD=VALUE for fields of its config.json that are not public.
     """
     if name is None and memory:
@@ -70,7 +72,7 @@ def models(
 
 
 def print_models(console: Console) -> None:
-    """One line per released model."""
+    """Print one line per released model."""
     table = Table()
     table.add_column("model", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
@@ -89,7 +91,7 @@ def print_models(console: Console) -> None:
 
 
 def print_model(console: Console, variant: Variant) -> None:
-    """Everything that is known of a model, and what is not."""
+    """Print everything that is known about a model, and what is not."""
     count = None if variant.parameters is None else f"{variant.parameters:,}"
     facts = {
         "family": variant.family,
@@ -118,7 +120,7 @@ def print_model(console: Console, variant: Variant) -> None:
 def print_memory(
     console: Console, variant: Variant, config, precisions, sizes, gpus, reserve
 ) -> None:
-    """A column per precision."""
+    """Print a table with one column per precision."""
     chosen = {name: precision_of(variant, name) for name in precisions}
     needs = {name: count_memory(config, how, **sizes) for name, how in chosen.items()}
     title = f"{variant.name}: {sizes['batch']:,} x {sizes['context']:,} tokens"
@@ -183,7 +185,7 @@ _ROWS = {
 
 
 def _described(name: str) -> Variant:
-    """The released model of this name, or what a config.json says of another."""
+    """The released model of this name, or the one that a config.json describes."""
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix != ".json":

@@ -1,4 +1,4 @@
-"""The training loss: next-token cross-entropy, plus the MTP block's, plus router statistics."""
+"""The training loss: the next token's cross-entropy and the MTP block's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Objective(nn.Module):
 
     ``L_main`` is the mean cross-entropy of the next token. ``L_k`` is that of the MTP block applied
     ``k`` times: at position i it sees tokens up to i+k and predicts token i+k+1. A label never
-    crosses a sequence boundary; positions without a label are ignored. ``w`` is the MTP loss weight
-    (0.3 for Nemotron 3 Super, 0.1 for Ultra), ``K`` the number of depths (2 there). Image
-    tokens are no labels.
+    crosses a sequence boundary; positions without a label are ignored. ``w`` is the weight of the
+    MTP loss (0.3 for Nemotron 3 Super, 0.1 for Ultra), ``K`` the number of depths (2 for both).
+    Image tokens are not used as labels.
 
-    It is a module, and the model a part of it, so that FSDP gathers the embedding and the head once
-    for all the losses of a step.
+    The objective is a module that contains the model, so that FSDP gathers the embedding and the
+    head once for all losses of a step.
     """
 
     def __init__(self, model: CausalLM, *, mtp_depths: int, mtp_weight: float):
@@ -28,11 +28,13 @@ class Objective(nn.Module):
         self.model, self.mtp_weight = model, mtp_weight
         self.mtp_depths = mtp_depths if model.config.mtp_pattern else 0
 
-    def forward(self, batch: Batch, labels_total: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-        """Sums of the losses divided by ``labels_total`` (1 + depths,), the global label counts.
+    def forward(
+        self, batch: Batch, labels_total: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of the losses, divided by the global label counts ``labels_total`` (1 + depths,).
 
-        Returns the loss to differentiate, and the value of every term: main, depth 1, depth 2, ...
-        Summed over ranks (and micro-batches) they are the global means.
+        Returns the loss to differentiate and the value of every term: main, depth 1, depth 2, ...
+        Their sums over ranks and micro-batches are the global means.
         """
         model, cu_seqlens = self.model, batch.cu_seqlens
         seen = {}
@@ -61,7 +63,7 @@ class Objective(nn.Module):
         return torch.stack([(self._labels(batch, by) != IGNORE).sum() for by in depths]).float()
 
     def _labels(self, batch: Batch, by: int) -> torch.Tensor:
-        """(n,): the token ``by`` positions ahead, ignored past the end and where it is an image."""
+        """(n,): the token ``by`` positions ahead; ignored past the end and at image tokens."""
         labels = shift(batch, by, IGNORE)
         image = self.model.image_token_id
         return labels if image is None else labels.masked_fill(labels == image, IGNORE)

@@ -1,4 +1,4 @@
-"""AdamW groups, gradient clipping over sharded and replicated parameters."""
+"""AdamW's parameter groups, and gradient clipping over sharded and replicated parameters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _NO_DECAY = ("A_log", "D", "dt_bias")
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Weight decay applies to matrices and convolution taps: not to A_log, D, dt_bias (whatever
-    their shape), norms or biases."""
+    """Whether weight decay applies: to matrices and convolution taps, but not to A_log, D and
+    dt_bias (whatever their shape), norms or biases."""
     return parameter.dim() >= 2 and name.rsplit(".", 1)[-1] not in _NO_DECAY
 
 
@@ -23,7 +23,7 @@ def adamw(
     """AdamW (0.9, 0.95, 1e-8), the betas of the Nemotron runs, with decay as in :func:`decays`."""
     groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
     for name, parameter in named:
-        # Parameters of different meshes, or of none, cannot share one multi-tensor update.
+        # Parameters on different meshes, or on none, cannot share one multi-tensor update.
         axes = parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0
         key = (decays(name, parameter), axes)
         groups.setdefault(key, []).append(parameter)
@@ -42,7 +42,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     """Scale all gradients so that their global L2 norm is at most ``max_norm``; return the norm.
 
     Raises:
-        FloatingPointError: the norm is not finite on some rank. No gradient has been changed.
+        FloatingPointError: the norm is not finite on some rank; no gradient has been changed.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     squares = [torch.linalg.vector_norm(g.float()).square() for g in grads]

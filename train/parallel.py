@@ -1,15 +1,15 @@
 """Processes, devices and FSDP2.
 
-What is sharded how, openly:
+What is sharded, and how:
 
 * Every parameter is held in float32 (the master copy that AdamW updates).
 * ``fully_shard`` wraps each layer, the MTP block and, as the root, embeddings + final norm + head.
   Gathered weights and activations use ``param_dtype``; gradients are summed in float32.
 * A_log, D, dt_bias and the router's weight must not be rounded to ``param_dtype``. FSDP2 has one
-  dtype per group, so these few small ones stay whole on every rank and their gradients are summed
-  by one all-reduce.
-* With expert parallelism over N ranks the mesh is (ranks / N, N): every N neighbours share the
-  experts out among them, and those with the same part shard each of its matrices by rows.
+  dtype per group, so these few small parameters stay whole on every rank, and one all-reduce sums
+  their gradients.
+* With expert parallelism over N ranks the mesh is (ranks / N, N): every N neighbours divide the
+  experts among them, and ranks with the same experts shard each of their matrices by rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHOLE = ("A_log", "D", "dt_bias", "gate.weight")
 
 
 def start() -> tuple[int, int, torch.device]:
-    """Join the process group torchrun describes (or none); return rank, world size and device."""
+    """Join the process group of torchrun, if any; return rank, world size and device."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -57,15 +57,14 @@ def shard(
     param_dtype: torch.dtype,
     expert_parallel: int = 1,
 ) -> None:
-    """``fully_shard`` the layers of ``model``, then ``root``, which it is a part of, over all
-    ranks. Gradients are sums, not means: the loss is already divided by the global number of
-    tokens.
+    """``fully_shard`` the layers of ``model``, then ``root``, which contains it, over all ranks.
+    Gradients are summed, not averaged: the loss is already divided by the global number of tokens.
 
     Raises:
-        ValueError: ranks or experts cannot be divided by ``expert_parallel``, or an expert's rows
-            by the rest.
+        ValueError: ``expert_parallel`` does not divide the ranks or the experts, or the remaining
+            dimension of the mesh does not divide an expert's rows.
     """
-    # A layer's output is a view where F.linear makes one; nothing here writes into it.
+    # A layer's output may be a view, as F.linear returns one; nothing here writes into it.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
     world = dist.get_world_size()
     policy = MixedPrecisionPolicy(
@@ -97,22 +96,22 @@ def shard(
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
     for module in (*split, *units):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        module.set_force_sum_reduction_for_comms(True)  # gloo has only sums
     for parameter in whole if not any(p.is_meta for p in whole) else ():
         dist.broadcast(parameter.data, src=0)
 
 
 def recompute(units: Iterable[nn.Module]) -> None:
-    """Keep of every unit's forward only its inputs; the backward runs it again. Before sharding."""
+    """Keep only every unit's inputs; the backward runs its forward again. Call before sharding."""
     for unit in units:
-        # On the instance, so that no parameter's name changes; hooks of FSDP stay outside.
+        # Set on the instance, so that no parameter's name changes and FSDP's hooks stay outside.
         unit.forward = functools.partial(
             checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False
         )
 
 
 def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of the unsharded parameters over all ranks, in one all-reduce."""
+    """Sum the gradients of the unsharded parameters over all ranks, in one all-reduce."""
     if not dist.is_initialized():
         return
     grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
@@ -125,7 +124,7 @@ def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def all_sum(*values: torch.Tensor) -> list[torch.Tensor]:
-    """The sum over all ranks of every tensor (in place)."""
+    """Sum every tensor over all ranks, in place."""
     for value in values if dist.is_initialized() else ():
         dist.all_reduce(value)
     return list(values)

@@ -1,4 +1,4 @@
-"""Training a reward model on pairs of responses: a better and a worse one to the same prompt."""
+"""Train a reward model on pairs of responses: a better and a worse one to the same prompt."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Pairs:
 
     Args:
         chosen, rejected: prompt and response of every pair, each up to its end-of-response token.
-        margins: by how much the rewards of a pair should differ at least; by default 0.
+        margins: least difference that the rewards of each pair should have; by default 0.
         windows: pairs per optimizer step, over all ranks.
-        seq_len: the longest sequence that is taken.
-        seed: of the order.
+        seq_len: length of the longest sequence allowed.
+        seed: seed of the order.
 
     Raises:
         DataError: fewer pairs than one step needs, lists of different lengths, or a sequence that
@@ -62,7 +62,7 @@ class Pairs:
         self.corpus = Corpus(torch.cat(self.sequences), lengths.cumsum(0))
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> PairBatch:
-        """The part of step ``step``'s pairs that ``rank`` of ``world`` works on."""
+        """The part of a step's pairs that ``rank`` of ``world`` works on."""
         epoch, position = divmod(step, self.count // self.windows)
         first = position * self.windows
         order = shuffled(self.count, self.seed, epoch)
@@ -73,9 +73,9 @@ class Pairs:
 
 
 class PairObjective(nn.Module):
-    """The mean pairwise loss, and the share of pairs whose rejected response is not below.
+    """The mean pairwise loss, and the share of pairs whose rejected response scores no lower.
 
-    For the Trainer's ``objective``; see :func:`~nemokernels.models.pairwise_loss`.
+    An ``objective`` for the Trainer; see :func:`~nemokernels.models.pairwise_loss`.
     """
 
     def __init__(self, model: RewardModel):
@@ -92,5 +92,5 @@ class PairObjective(nn.Module):
         return loss, torch.stack([loss.detach(), wrong])
 
     def label_counts(self, batch: PairBatch) -> torch.Tensor:
-        """(2,): the batch's pairs, for the loss and for the share."""
+        """(2,): the number of pairs in the batch, for the loss and for the share."""
         return torch.full((2,), float(len(batch.margins)), device=batch.tokens.device)

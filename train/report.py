@@ -1,4 +1,4 @@
-"""What this machine has and which backend each op would use: the commands env and selftest."""
+"""The commands env and selftest: what this machine has, and which backend each op would use."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def facts() -> dict[str, Any]:
 
 
 def print_env(console: Console) -> None:
-    """The same, for reading."""
+    """Print the same as tables."""
     data = facts()
     console.print(f"nemokernels {data['nemokernels']} on Python {data['python']}")
     console.print(f"{data['platform']}, torch's CUDA: {data['cuda'] or 'none (CPU build)'}")
@@ -59,7 +59,7 @@ def print_env(console: Console) -> None:
 
 
 def run_selftest(console: Console) -> bool:
-    """Run every backend that can run here against the float64 reference; whether all passed."""
+    """Check every backend that can run here against the reference; return whether all passed."""
     device = default_device()
     table = Table("op", "backend", "verdict", title=f"self-test on {device}", title_justify="left")
     good = True

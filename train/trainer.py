@@ -62,24 +62,24 @@ class Settings:
     clip: float = 1.0
     """Largest global gradient norm."""
     mtp_depths: int = 2
-    """How often the MTP block is applied, if the model has one."""
+    """How many times the MTP block is applied, if the model has one."""
     mtp_weight: float = 0.3
     """Weight of the mean MTP loss."""
     balance_rate: float = 1e-3
     """Step of the loss-free expert balancing, per optimizer step."""
     balance_coefficient: float = 1e-4
-    """Weight of the routers' auxiliary loss per window (Nemotron 3 Nano and Super; Ultra's is not
-    known); 0 turns it off. Of the default objective only."""
+    """Weight of the routers' auxiliary loss per window, as for Nemotron 3 Nano and Super (Ultra's
+    is not known); 0 turns it off. Only the default objective uses it."""
     seed: int = 0
     """Order of the data."""
     fp8: Literal["off", "delayed", "current"] = "off"
-    """Products of the trunk's linear layers in FP8, with delayed or current scaling."""
+    """Whether the trunk's linear layers multiply in FP8, with delayed or current scaling."""
     fp8_ends: int = 2
-    """First and last layers that stay out of FP8."""
+    """How many first and how many last layers stay out of FP8."""
     recompute: bool = False
-    """Keep only the inputs of every layer and run it again in the backward: less memory."""
+    """Save memory: keep only the inputs of every layer and run it again in the backward."""
     expert_parallel: int = 1
-    """Ranks that share the experts out among them; rows travel to their experts."""
+    """How many ranks divide the experts among them; rows travel to their experts."""
 
     def check(self) -> None:
         """Raise ValueError for sizes below 1, a schedule longer than the run, or reversed rates."""
@@ -112,7 +112,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimizer step did. Losses are global means; ``losses[0]`` is the next token's."""
+    """What one optimizer step did. Losses are global means, the next token's first."""
 
     step: int
     losses: list[float]
@@ -121,21 +121,21 @@ class Report:
     tokens: int
     seconds: float
     load_max: float
-    """Tokens of the busiest expert over the mean, worst layer (1 = balanced; 0 without experts)."""
+    """Tokens of the busiest expert over the mean, worst layer: 1 is balanced; 0 without experts."""
 
 
 class Trainer:
-    """Trains ``model`` on ``batches``; every rank holds the same arguments.
+    """Trains ``model`` on ``batches``. Every rank must pass the same arguments.
 
     Under torchrun the model is sharded with FSDP2 (train/parallel.py says how). ``param_dtype`` is
     the compute type of gathered weights: bfloat16 on CUDA, float32 on CPU unless given.
 
-    A ``model`` on meta is sharded before it has memory, so that no rank ever holds all of it; then
-    ``fill`` gives it its values, on every rank alike (:func:`~nemokernels.models.deferred`, or a
+    A ``model`` on meta is sharded before it gets memory, so that no rank ever holds all of it. Then
+    ``fill`` gives it its values, the same on every rank (:func:`~nemokernels.models.deferred`, or a
     seed and ``reset_parameters``).
 
-    ``objective`` makes the loss out of the model, with :class:`Objective`'s two methods and for the
-    batches that ``batches.at`` gives; by default it is that one.
+    ``objective`` makes the module that computes the loss, by default an :class:`Objective`. It
+    needs that class's two methods and takes the batches that ``batches.at`` returns.
     """
 
     def __init__(
@@ -189,9 +189,9 @@ class Trainer:
         self.step = 0
 
     def facts(self) -> dict:
-        """What a checkpoint must agree on to continue this run: the model and the data's order.
+        """What a checkpoint must share with this run to continue it: model and order of the data.
 
-        Steps and learning rates may change: prolonging the stable phase is what WSD is for.
+        Steps and learning rates may change: WSD is meant for prolonging the stable phase.
         """
         config = json.loads(json.dumps(self.model.config.to_dict(), default=str))
         tokens = hashlib.sha256(self.batches.corpus.tokens.numpy()).hexdigest()[:16]
@@ -209,7 +209,7 @@ class Trainer:
         return self.step
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the current step."""
         return checkpoint.save(
             self.out / "checkpoints",
             self.step,
@@ -220,7 +220,7 @@ class Trainer:
         )
 
     def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face layout, replacing what is there. Rank 0 writes."""
+        """Write the model in the Hugging Face layout, replacing ``folder``. Rank 0 writes."""
         full = {}
         for name, tensor in self.model.state_dict().items():
             if is_fp8_state(name):
@@ -272,7 +272,8 @@ class Trainer:
         """Fill every gradient for the global batch of ``self.step``; return losses and tokens.
 
         Raises:
-            RuntimeError: in the first step, that a layer converted to FP8 did not run in it.
+            RuntimeError: in the first step, if a product of a converted layer did not run, or on a
+                GPU not in FP8.
         """
         micro = list(self._micro_batches())
         (totals,) = parallel.all_sum(sum(self.objective.label_counts(batch) for batch in micro))
@@ -280,7 +281,7 @@ class Trainer:
         several = self.settings.fp8 != "off" and len(micro) > 1
         with held_fp8_weights(self.model) if several else contextlib.nullcontext():
             for batch in micro:
-                # FSDP reduces after each: holding back would keep whole gradients around.
+                # FSDP reduces after each micro-batch; waiting would keep whole gradients in memory.
                 loss, terms = self.objective(batch, totals.clamp(min=1))
                 loss.backward()
                 update_fp8(self.model)
