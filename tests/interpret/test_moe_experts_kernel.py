@@ -1,5 +1,8 @@
 """The Triton kernels of moe_experts, interpreted, against the reference."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 
@@ -155,6 +158,44 @@ def test_a_nan_stays_where_it_belongs(where, tile, tma):
     for name, a, b in zip(NAMES, got, want):
         assert torch.equal(a.isnan(), b.isnan()), name
         assert torch.isfinite(b).any()
+
+
+NO_OFFSETS = [(900, 3, -7, 12), (3, 2**31 - 1, -(2**31), 5), (-1, -1, -1, -1), (2**30,) * 4]
+
+
+@pytest.mark.parametrize("offsets", NO_OFFSETS)
+def test_tiles_of_a_route_that_is_none(offsets):
+    expert, row = kernel.tile_table(torch.tensor(offsets, dtype=torch.int32), 12, 4)
+    assert ((expert >= -1) & (expert < 4)).all()
+    assert ((row >= 0) & (row < 12))[expert >= 0].all()
+
+
+@pytest.mark.parametrize("offsets", NO_OFFSETS)
+@pytest.mark.parametrize("tile, tma", [("swap", False), ("tall", True)])
+def test_a_route_that_is_none_stays_in_bounds(tile, tma, offsets):
+    """Slots out of range and ends of any kind: nothing is written where it does not belong."""
+    (x, up, down, weights, _, order), dy = make(6, 4, 2, 24, 16)
+    order[[0, 3, 8]] = torch.tensor([-7, 12, 2**31 - 1], dtype=torch.int32)
+    args = x, up, down, weights, torch.tensor(offsets, dtype=torch.int32), order
+    with guarded() as inside:
+        out = run(args, dy, small(tile, tma))
+    assert inside() and [t.shape for t in out[:3]] == [x.shape, (12, 16), x.shape]
+
+
+@contextlib.contextmanager
+def guarded():
+    """Memory of the results lies between walls; the function says whether they still stand."""
+    walls, empty, size = [], torch.Tensor.new_empty, 4096
+
+    def walled(tensor, *shape, **options):
+        out = empty(tensor, *shape, **options)
+        whole = empty(tensor, (out.numel() + 2 * size,), **options).fill_(7)
+        walls.extend((whole[:size], whole[-size:]))
+        return whole[size : size + out.numel()].view(out.shape)
+
+    with mock.patch.object(torch.Tensor, "new_empty", walled):
+        yield lambda: all(bool((wall == 7).all()) for wall in walls)
+    assert walls
 
 
 def test_overflow_and_dead_units():

@@ -32,16 +32,20 @@ def moe_experts_tiles_kernel(
     row_ptr,
     tiles,
     experts,
+    slots,
     BLOCK_M: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Expert (-1 for none) and first row of every tile of BLOCK_M rows.
+    # Expert (-1 for none) and first row of every tile of BLOCK_M rows. Ends that decrease or lie
+    # beyond the rows make no tile outside them.
     lane = tl.arange(0, LANES)
     inside = lane < experts
     ends = tl.load(offsets_ptr + lane, mask=inside, other=0)
     starts = tl.load(offsets_ptr + lane - 1, mask=inside & (lane > 0), other=0)
-    counts = tl.where(inside, ends - starts, 0)
+    ends = tl.minimum(tl.maximum(ends, 0), slots)
+    starts = tl.minimum(tl.maximum(starts, 0), slots)
+    counts = tl.where(inside, tl.maximum(ends - starts, 0), 0)
     needed = tl.cdiv(counts, BLOCK_M)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     before = tl.cumsum(needed, 0)[None, :] <= tile[:, None]
@@ -55,13 +59,20 @@ def moe_experts_tiles_kernel(
 
 @triton.jit
 def tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M: tl.constexpr):
-    # Rows of an expert's tile, which are real, and their slots. A route that is not one stays in
-    # bounds: its rows are not real, and their slot is 0.
+    # Rows of an expert's tile, which are real, and their slots.
     row = tl.load(row_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = row < tl.minimum(tl.load(offsets_ptr + expert), slots)
+    inside, slot = slots_of(order_ptr, row, tl.load(offsets_ptr + expert), slots)
+    return row, inside, slot
+
+
+@triton.jit
+def slots_of(order_ptr, row, end, slots):
+    # Which of these rows are real, and their slots. A route that is not one stays in bounds: its
+    # rows are not real, and their slot is 0.
+    inside = row < tl.minimum(end, slots)
     slot = tl.load(order_ptr + row, mask=inside, other=0)
     inside &= (slot >= 0) & (slot < slots)
-    return row, inside, tl.where(inside, slot, 0)
+    return inside, tl.where(inside, slot, 0)
 
 
 @triton.jit
@@ -109,9 +120,7 @@ def moe_experts_rows_kernel(
     if expert < 0:
         return
     first = tl.load(row_ptr + tile)
-    row = first + tl.arange(0, BLOCK_M)
-    inside = row < tl.load(offsets_ptr + expert)
-    slot = tl.load(order_ptr + row, mask=inside, other=0)
+    row, inside, slot = tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M)
     a_row = slot // top_k if GATHER else tl.where(inside, row, 0)
     out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first_n = first_column + block_n * BLOCK_N
@@ -193,6 +202,7 @@ def moe_experts_weight_grad_kernel(
     weights_ptr,
     height,
     width,
+    slots,
     top_k,
     stride_a_row,
     stride_b_row,
@@ -209,14 +219,13 @@ def moe_experts_weight_grad_kernel(
     block = tl.program_id(0) % blocks
     m = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets_ptr + expert)
+    begin = tl.maximum(tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0), 0)
+    end = tl.minimum(tl.load(offsets_ptr + expert), slots)
     a_columns, b_columns = a_ptr + m[None, :], b_ptr + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
-        inside = row < end
-        slot = tl.load(order_ptr + row, mask=inside, other=0)
+        inside, slot = slots_of(order_ptr, row, end, slots)
         token = slot // top_k
         a_at = offset64(token if DOWN else row, stride_a_row)[:, None]
         b_at = offset64(row if DOWN else token, stride_b_row)[:, None]
@@ -271,7 +280,7 @@ def tile_table(offsets, slots, rows):
     expert, row = offsets.new_empty(count), offsets.new_empty(count)
     if count:
         moe_experts_tiles_kernel[(cdiv(count, TABLE_BLOCK),)](
-            offsets, expert, row, count, experts, BLOCK_M=rows,
+            offsets, expert, row, count, experts, slots, BLOCK_M=rows,
             LANES=_triton.next_power_of_2(experts), BLOCK=TABLE_BLOCK, num_warps=4,
         )  # fmt: skip
     return expert, row
@@ -360,9 +369,9 @@ def _weight_grad(a, b, like, weights, offsets, order, shape, down):
     if grid[0]:
         moe_experts_weight_grad_kernel[grid](
             a, b, out, order.contiguous(), offsets.contiguous(), weights, height, width,
-            weights.shape[1], a.stride(0), b.stride(0), DOWN=down, BLOCK_M=shape.rows,
-            BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            order.shape[0], weights.shape[1], a.stride(0), b.stride(0), DOWN=down,
+            BLOCK_M=shape.rows, BLOCK_N=shape.columns, BLOCK_K=shape.depth,
+            num_warps=shape.num_warps, num_stages=shape.num_stages,
         )  # fmt: skip
     return out
 
