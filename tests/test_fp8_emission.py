@@ -188,7 +188,8 @@ def test_nothing_is_recorded_without_gradients():
 
 def test_the_whole_model_compiled():
     torch.compiler.reset()
-    model = converted("bfloat16")
+    model = hybrids.model("M*", dtype=torch.bfloat16, **HYBRID).train()
+    convert_to_fp8(model, Fp8Recipe(amax_history_len=3))
     other = copy.deepcopy(model)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     with held_fp8_weights(other):
