@@ -1,9 +1,11 @@
 """Small models of every family but nemotron_h, with every tensor drawn at random."""
 
+import json
+
 import hybrids
 import torch
 
-from nemokernels.models import build
+from nemokernels.models import build, save_pretrained
 from nemokernels.models.families import parse_config
 
 SIZES = dict(vocab_size=96, hidden_size=32, num_attention_heads=4, head_dim=12, rope_theta=100.0)
@@ -74,3 +76,11 @@ def model(family, seed=0, dtype=None, **changes):
     made = build(config(family, **changes), dtype=dtype)
     redraw(family, made.state_dict().items())
     return made.eval()
+
+
+def save_with_other_fields(name, folder, change):
+    """Save the model ``name``, then change fields of its config.json."""
+    built = model(name)
+    save_pretrained(built, folder)
+    fields = {**built.config.to_dict(), **change}
+    (folder / "config.json").write_text(json.dumps(fields))

@@ -1,6 +1,5 @@
 """BLOOM and MT-NLG: an independent formula, positions, names, configurations and bad input."""
 
-import json
 import math
 
 import families
@@ -193,10 +192,7 @@ def test_a_name_that_does_not_fit_is_told(rename, message, tmp_path):
     ],
 )
 def test_a_configuration_that_disagrees_with_its_tensors(change, message, tmp_path):
-    model = families.model("bloom")
-    save_pretrained(model, tmp_path)
-    fields = {**model.config.to_dict(), **change}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
+    families.save_with_other_fields("bloom", tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path)
 
