@@ -27,6 +27,7 @@ from nemokernels.ops.ssd.kernel_forward import (
     store_chunk_state,
     store_tile,
     tile,
+    walk_program,
     walk_span,
 )
 
@@ -102,12 +103,8 @@ def ssd_walk_backward_kernel(
     ``dfinal`` holds the gradient that enters each segment from behind. x is not read here: with it
     the tiles of two programs no longer fit one multiprocessor's shared memory.
     """
-    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     parts: tl.constexpr = SPAN // L
-    program = tl.program_id(0)
-    p0 = (program % blocks) * BLOCK_P
-    h = (program // blocks) % H
-    sequence = program // (blocks * H)
+    p0, h, sequence = walk_program(H, P, BLOCK_P)
     g = h // R
     segment = tl.program_id(1)
     row, begin, end, chunk = walk_span(sequence, bounds, first, T, NC, PACKED)

@@ -34,6 +34,14 @@ def jit_for_any_length(fn):
 
 
 @triton.jit
+def walk_program(H, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """First row of the state, head and sequence of a program that walks a segment (grid axis 1)."""
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    return (program % blocks) * BLOCK_P, (program // blocks) % H, program // (blocks * H)
+
+
+@triton.jit
 def walk_span(sequence, bounds, first, T, NC, PACKED: tl.constexpr):
     """Row, first token, end and number of the first chunk of a sequence."""
     if PACKED:
@@ -235,11 +243,7 @@ def ssd_scan_kernel(
     Axis 1 of the grid are the segments of SEGMENT chunks; ``initial`` then holds the state that
     enters each. Products use the tensor cores in x's dtype.
     """
-    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    program = tl.program_id(0)
-    p0 = (program % blocks) * BLOCK_P
-    h = (program // blocks) % H
-    sequence = program // (blocks * H)
+    p0, h, sequence = walk_program(H, P, BLOCK_P)
     g = h // R
     segment = tl.program_id(1)
     row, begin, end, chunk = walk_span(sequence, bounds, first, T, NC, PACKED)
@@ -327,11 +331,7 @@ def ssd_states_kernel(
     With STORE_MET the state entering each chunk goes to ``met`` (padded to whole blocks).
     Otherwise each segment starts from zero, and its end and total decay are stored.
     """
-    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    program = tl.program_id(0)
-    p0 = (program % blocks) * BLOCK_P
-    h = (program // blocks) % H
-    sequence = program // (blocks * H)
+    p0, h, sequence = walk_program(H, P, BLOCK_P)
     g = h // R
     segment = tl.program_id(1)
     row, begin, end, chunk = walk_span(sequence, bounds, first, T, NC, PACKED)
