@@ -179,6 +179,23 @@ def reference_on_cuda(name: str, reference: Callable) -> Callable:
     return warn_and_run
 
 
+def filling(function: Callable, **places: int) -> Callable:
+    """``function``, which then also copies results into tensors that it is given by keyword.
+
+    ``filling(backward, dx=0)(*args, dx=slice)`` leaves the first result in ``slice``, as kernels
+    do that write into a part of something larger.
+    """
+
+    def fill(*args, **targets):
+        results = function(*args)
+        for name, target in targets.items():
+            if target is not None:
+                target.copy_(results[places[name]])
+        return results
+
+    return fill
+
+
 def warn_reference(name: str, *args) -> None:
     """Say once per operator and shape that the plain-torch reference runs on a CUDA device."""
     shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))

@@ -89,6 +89,35 @@ def e4m3_value(code):
     return tl.where(code > 127, -value, value)
 
 
+@triton.jit(do_not_specialize=["T", "S"])
+def clear_outside_kernel(
+    x_ptr, bounds_ptr, T, S, width, stride, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    outside = (t < tl.load(bounds_ptr)) | (t >= tl.load(bounds_ptr + S))
+    outside &= t < T
+    if tl.max(outside.to(tl.int32), 0) > 0:
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            at = offset64(t, stride)[:, None] + column[None, :]
+            zero = tl.zeros((BLOCK_T, BLOCK), x_ptr.dtype.element_ty)
+            tl.store(x_ptr + at, zero, mask=outside[:, None] & (column < width)[None, :])
+
+
+def clear_outside(x: torch.Tensor, bounds: torch.Tensor) -> None:
+    """Zero the tokens of x (1, T, ...) before the first of ``bounds`` and from the last one on.
+
+    A token's elements are adjacent. Kernels that walk packed sequences visit no others: this costs
+    a launch where clearing all of x first would cost a pass over it.
+    """
+    tokens, width = x.shape[1], x[0, 0].numel() if x.shape[1] else 0
+    if width:
+        clear_outside_kernel[(cdiv(tokens, 16),)](
+            x, bounds, tokens, bounds.shape[0] - 1, width, x.stride(1), BLOCK_T=16, BLOCK=256,
+            num_warps=4,
+        )  # fmt: skip
+
+
 @triton.jit
 def column_sum_kernel(
     partial_ptr, out_ptr, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr

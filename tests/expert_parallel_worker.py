@@ -72,7 +72,8 @@ def main(out):
     odd = hybrids.model("E", moe_intermediate_size=25, dtype=torch.float32)
     with pytest.raises(ValueError, match="experts.up_proj has 25 rows, which cannot be split"):
         parallel.shard(odd, odd, torch.device("cpu"), torch.float32, expert_parallel=2)
-    parallel.leave()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

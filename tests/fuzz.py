@@ -140,6 +140,10 @@ class Fuzzed:
     problem: Callable
     specialisations: tuple[dict, ...]
 
+    @property
+    def name(self) -> str:
+        return self.problem.__name__
+
     def run(self, which: int, numbers: range, most: int, device, call, **changed) -> None:
         """Problems of these numbers, up to ``most`` tokens; ``changed`` of the specialisation."""
         judge, options = Judge(call), {**self.specialisations[which], **changed}
@@ -147,10 +151,14 @@ class Fuzzed:
             try:
                 self.problem(Draw(number, most, device), judge, **options)
             except AssertionError as error:
-                raise AssertionError(
-                    f"{self.family}, {which}, problem {number}: {error}"
-                ) from error
+                raise AssertionError(f"{self.name}, {which}, problem {number}: {error}") from error
         judge.finish()
+
+
+def _steps(draw, H):
+    """A and dt_bias as real layers have them."""
+    steps = torch.exp(torch.rand(H, device=draw.device) * 4.6 - 6.9)
+    return -1 - 15 * torch.rand(H, device=draw.device), steps.expm1().log()
 
 
 def ssd(draw, judge, *, dtype, P=64, N=128, G=2, R=4, mode="rows", D=1, gate=False, start=True):
@@ -159,16 +167,18 @@ def ssd(draw, judge, *, dtype, P=64, N=128, G=2, R=4, mode="rows", D=1, gate=Fal
     if bounds is not None and draw.random() < 0.2:
         ids = draw.runs(rows, tokens)  # of which only the padding counts
     x, B, C = draw.slices(H * P, G * N, G * N, rows=(rows, tokens), dtype=dtype)
+    A, bias = _steps(draw, H)
     inputs = (
         x.unflatten(-1, (H, P)),
         draw.randn(rows, tokens, H, dtype=dtype) / 2,
-        -1 - 15 * torch.rand(H, device=draw.device),
+        A,
         B.unflatten(-1, (G, N)) / 2,
         C.unflatten(-1, (G, N)) / 2,
         {0: None, 1: draw.randn(H), 2: draw.randn(H, P)}[D],
         draw.randn(rows, tokens, H, P, dtype=dtype) if gate else None,
-        torch.exp(torch.rand(H, device=draw.device) * 4.6 - 6.9).expm1().log(),
-        draw.randn(sequences, H, P, N) if start else None,
+        bias,
+        # Representable in dtype: how <G, S> rounds states from outside is not the reference's way.
+        draw.randn(sequences, H, P, N, dtype=dtype).float() if start else None,
         ids,
         bounds,
     )
@@ -177,6 +187,36 @@ def ssd(draw, judge, *, dtype, P=64, N=128, G=2, R=4, mode="rows", D=1, gate=Fal
     dfinal = draw.randn(*final.shape, dtype=dtype).float()
     judge("ssd_chunk_scan_backward", draw.randn(*out.shape, dtype=dtype), dfinal, *inputs, ungated,
           *options)  # fmt: skip
+
+
+def mixer(draw, judge, *, dtype, P=64, N=128, G=2, R=4, mode="rows", before=False, norm=True):
+    H, inner, channels = G * R, G * R * P, G * R * P + 2 * G * N
+    rows, tokens, sequences, ids, bounds = draw.packing(mode)
+    randn = lambda width: draw.randn(rows, tokens, width, dtype=dtype)  # noqa: E731
+    A, bias = _steps(draw, H)
+    judge(
+        "mamba_mixer_backward",
+        randn(inner),
+        draw.randn(sequences, H, P, N, dtype=dtype).float(),
+        randn(inner + channels + H) / 2,
+        draw.randn(channels, 4, dtype=dtype) / 2,
+        draw.randn(channels, dtype=dtype) if draw.chance() else None,
+        A,
+        draw.randn(H),
+        bias,
+        draw.randn(inner) if norm else None,
+        draw.randn(sequences, H, P, N, dtype=dtype).float(),
+        ids,
+        bounds,
+        randn(inner),
+        torch.rand(rows, tokens, G, device=draw.device) + 0.5 if norm else draw.randn(0),
+        H,
+        P,
+        G,
+        True,
+        before,
+        *(draw.choice((16, 64)), True, 0.0, INF, None),
+    )
 
 
 def conv1d(draw, judge, *, dtype, width=4, mode="rows", silu=True, bias=True, start=True):
@@ -297,6 +337,14 @@ FUZZED = (
         dict(dtype=F16, P=33, N=20, G=3, R=3, mode="seq_idx", D=0),
         dict(dtype=F32, G=1, R=8),
         dict(dtype=F32, P=80, mode="packed"),
+    )),
+    Fuzzed("ssd", mixer, (
+        dict(dtype=BF16, G=8, R=2),
+        dict(dtype=BF16, before=True, mode="seq_idx"),
+        dict(dtype=BF16, norm=False, mode="packed"),
+        dict(dtype=BF16, P=80, mode="packed"),
+        dict(dtype=F16, P=33, N=20, G=3, R=3, norm=False, mode="seq_idx"),
+        dict(dtype=F32, G=1, R=8),
     )),
     Fuzzed("causal_conv1d", conv1d, (
         dict(dtype=BF16),

@@ -26,7 +26,7 @@ def run(fuzzed, device, call):
     every = fuzzed.specialisations
     for n in range(PROBLEMS):
         options = every[n * len(every) // PROBLEMS]
-        print(fuzzed.family, options)
+        print(fuzzed.name, options)
         fuzzed.problem(fuzz.Draw(n, 150, device), judge, **options)
 
 

@@ -121,6 +121,21 @@ def test_packed_equals_separate(device, chunk, dtype):
             assert torch.equal(whole, alone)
 
 
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_gradient_within_wider_rows(device, dtype, shift):
+    """The bits of one of its own, at offsets that 16-byte accesses can and cannot take."""
+    x, weight, bias, *packing, dy = problem(2, 37, 64, 4, dtype, "rows")
+    args = to(device, (dy, x.new_zeros(0, 3, 64), x, weight, bias, *packing, True))
+    wide = torch.full((2, 37, 96), 7.0, dtype=dtype, device=device)
+    part = wide[..., 8 + shift : 72 + shift]
+    want = kernel.backward(*args, config=csrc())
+    got = kernel.backward(*args, config=csrc(), dx=part)
+    assert got[0] is part and all(map(torch.equal, got, want))
+    part.fill_(7)
+    assert (wide == 7).all()
+
+
 def test_many_blocks(device):
     """More channels than a block has lanes for, more chunks than it has warps, ragged ends."""
     x, weight, bias, *packing, dy = problem(3, 150, 300, 4, BF16)

@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 
-import on_ranks
 import pytest
 import tiny
 import torch
 
 import nemokernels
-from nemokernels.models import from_pretrained, save_pretrained
+from nemokernels.models import save_pretrained
 from nemokernels.train import cli, demo
 from nemokernels.train.log import Log, read
 from nemokernels.train.trainer import Report
@@ -70,20 +69,6 @@ def test_train_then_generate(capsys, folder, tmp_path):
     code, out, err = run(capsys, "generate", *ask, "--speculate", 2)
     answer = json.loads(out)
     assert code == 0 and len(answer["texts"]) == 2 and answer["drafted"] > 0
-
-
-def test_train_under_torchrun(folder, tmp_path):
-    """One log, one model; a mistake that every rank meets ends with its message."""
-    command = ["-m", "nemokernels.train.cli", "train", "--model", folder / "model"]
-    command += ["--data", folder / "text.txt", "--out", tmp_path, "--windows", 2, "--steps", 2]
-    done = on_ranks.launch(2, *command, "--seq-len", 32)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count(f"model in {tmp_path / 'model'}") == 1
-    assert [r.step for r in read(tmp_path / "log.jsonl")] == [1, 2]
-    from_pretrained(tmp_path / "model")
-
-    done = on_ranks.launch(2, *command, "--seq-len", 16)
-    assert done.returncode != 0 and "belongs to a different run (seq_len was 32" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ CASES = [
 
 
 def name(value):
-    return getattr(value, "family", value)
+    return getattr(value, "name", value)
 
 
 @pytest.mark.gpu
@@ -66,7 +66,7 @@ def test_a_wrong_kernel_is_found():
         return out
 
     for fuzzed in fuzz.FUZZED[:4]:
-        with pytest.raises(AssertionError, match=f"{fuzzed.family}, 0, problem|of all problems"):
+        with pytest.raises(AssertionError, match=f"{fuzzed.name}, 0, problem|of all problems"):
             fuzzed.run(0, range(4), 30, torch.device("cpu"), wrong)
         fuzzed.run(0, range(2), 30, torch.device("cpu"), lambda o, args: o.reference(*args))
 

@@ -159,8 +159,8 @@ def test_training_forward_and_gradients(built, padded):
         assert (a is None) == (b is None)
         if b is not None:
             close(a, b)
-    # The fused path writes the scan's gradients side by side, for the convolution's backward.
-    scan = "ssd_chunk_scan_backward" if padded else "ssd_chunk_scan_backward_joined"
+    # The fused path has one backward, which fills the gradient of zxbcdt.
+    scan = "ssd_chunk_scan_backward" if padded else "mamba_mixer_backward"
     assert {n for n in calls if not n.endswith("_backward")} - {scan} == SCAN | LAYER_NORM[name]
     assert calls[scan] == 2
 

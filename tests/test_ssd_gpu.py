@@ -6,8 +6,14 @@ import on_gpu
 import pytest
 import torch
 
+from nemokernels import (
+    causal_conv1d_fn,
+    mamba_split_conv1d_scan_combined,
+    rmsnorm_fn,
+    testing,
+    use_backend,
+)
 from nemokernels import mamba_chunk_scan_combined as scan
-from nemokernels import testing, use_backend
 from nemokernels.ops.ssd import ref
 
 pytestmark = pytest.mark.gpu
@@ -108,6 +114,46 @@ def test_packed_equals_separate_bit_for_bit(dtype):
         alone = operator(*own, None, None, *options)
         assert torch.equal(out[:, lo:hi], alone[0]) and torch.equal(final[n : n + 1], alone[1])
     compare(args, cu_seqlens=packed)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_mixer_fills_the_slices_of_one_gradient(norm):
+    """As its parts do that have tensors of their own, which autograd joins; and in a CUDA graph."""
+    H, P, G, N, wide = 16, 64, 2, 128, torch.float32
+    inner, channels = H * P, H * P + 2 * G * N
+    randn = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
+    leaves = [
+        randn(2, 300, inner + channels + H),
+        randn(channels, 4) / 2,
+        randn(channels),
+        randn(H, dtype=wide) - 4,
+        -8 * torch.rand(H, device="cuda"),
+        randn(H, dtype=wide),
+    ]
+    leaves += [randn(inner, dtype=wide)] if norm else []
+    leaves, dout = [t.requires_grad_() for t in leaves], randn(2, 300, inner)
+
+    def whole():
+        weight = leaves[6] if norm else None
+        out = mamba_split_conv1d_scan_combined(
+            *leaves[:6], 128, rmsnorm_weight=weight, headdim=P, ngroups=G, norm_before_gate=False
+        )
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    def parts():
+        zxbcdt, weight, bias, dt_bias, A, D, *scale = leaves
+        z, xBC, dt = zxbcdt.split([inner, channels, H], -1)
+        xBC = causal_conv1d_fn(xBC.mT, weight, bias, activation="silu").mT
+        x, B, C = xBC.split([inner, G * N, G * N], -1)
+        x, B, C = (t.unflatten(-1, (n, -1)) for t, n in ((x, H), (B, G), (C, G)))
+        gate = None if norm else z.unflatten(-1, (H, P))
+        y = scan(x, dt, A, B, C, 128, D=D, z=gate, dt_bias=dt_bias, dt_softplus=True).flatten(2)
+        if norm:
+            y = rmsnorm_fn(y, *scale, z=z, eps=1e-6, group_size=inner // G, norm_before_gate=False)
+        return [y, *torch.autograd.grad(y, leaves, dout)]
+
+    assert on_gpu.same_bits(whole(), parts())
+    assert on_gpu.same_bits(on_gpu.replay(whole), parts())
 
 
 def test_same_inputs_same_bits():

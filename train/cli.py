@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch.distributed as dist
 import tyro
 from rich.console import Console
 
 from nemokernels.bench.commands import bench
 from nemokernels.models import CheckpointError, ConfigError
-from nemokernels.train import parallel, report
+from nemokernels.train import report
 from nemokernels.train.checkpoint import ResumeError
 from nemokernels.train.commands import generate, train
 from nemokernels.train.data import DataError
@@ -53,7 +52,7 @@ def build(archs: tuple[str, ...] = (), jobs: int | None = None) -> int:
     from nemokernels._build import build
 
     path = build(list(archs) or None, verbose=True, jobs=jobs)
-    Console(soft_wrap=True).print(f"built {path}", highlight=False)
+    Console().print(f"built {path}", highlight=False)
     return 0
 
 
@@ -72,13 +71,6 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 on success, 1 if a check failed, 2 after an error of the user's."""
-    code = _run(argv)
-    if dist.is_initialized():
-        parallel.leave(code)
-    return code
-
-
-def _run(argv: Sequence[str] | None) -> int:
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

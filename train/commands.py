@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -103,6 +104,8 @@ def fit(
     if first:
         tokenizer.save(str(out / "model" / "tokenizer.json"))
         plot(log.reports, out / "loss.png")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return log.reports
 
 
@@ -138,7 +141,7 @@ def train(
     )
     if os.environ.get("RANK", "0") == "0":
         change = f"loss {reports[0].losses[0]:.3f} -> {reports[-1].losses[0]:.3f}"
-        Console(soft_wrap=True).print(f"{change}, model in {out / 'model'}", highlight=False)
+        Console().print(f"{change}, model in {out / 'model'}", highlight=False)
         if report := fp8_report(network):
             ran = sum(layer.promised for layer in report)
             by_norm = sum(layer.quantised_by == "norm" for layer in report)
@@ -278,7 +281,7 @@ def _print_generation(
     if as_json:
         print(json.dumps(summary))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     for before, after in zip(prompts, texts):
         console.print(f"[bold]{escape(before)}[/bold]{escape(after)}\n")
     console.print(

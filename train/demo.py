@@ -165,5 +165,5 @@ def _report(console: Console, out: Path, reports, plain, drafted) -> int:
     results = verdicts(reports, plain, drafted)
     for claim, holds in results.items():
         console.print(("[green]yes[/green]  " if holds else "[red]NO[/red]   ") + claim)
-    console.print(f"model, log and loss curve are in {out}/", highlight=False, soft_wrap=True)
+    console.print(f"model, log and loss curve are in {out}/", highlight=False)
     return 0 if all(results.values()) else 1

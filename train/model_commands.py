@@ -161,9 +161,7 @@ def slice_(
     """
     done = slice_checkpoint(folder, out, read_file(widths, _object))
     before, after = names.element_count(done.parent), names.element_count(done.child)
-    Console(highlight=False, soft_wrap=True).print(
-        f"{before:,} -> {after:,} parameters, model in {out}"
-    )
+    Console(highlight=False).print(f"{before:,} -> {after:,} parameters, model in {out}")
     return 0
 
 

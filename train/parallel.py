@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import warnings
 from collections.abc import Iterable
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,20 +43,6 @@ def start() -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def leave(code: int = 0) -> NoReturn:
-    """Leave the process group and end the process; after a success (0) all ranks do so together.
-
-    Python itself is not shut down: gloo's threads outlive the group, and one that still lets go of
-    a tensor then asks for an interpreter that is gone, which aborts the process.
-    """
-    if code == 0:
-        dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def is_whole(name: str) -> bool:

@@ -79,7 +79,7 @@ struct BackwardKernel {
                  task.channel;
     const T* dy = static_cast<const T*>(p.dy.data) + offset(task.row, p.dy.row, token, p.dy.step) +
                   task.channel;
-    T* dx = static_cast<T*>(p.dx) + offset(task.row, p.tokens * p.dim, token, p.dim) +
+    T* dx = static_cast<T*>(p.dx.data) + offset(task.row, p.dx.row, token, p.dx.step) +
             task.channel;
     float open[W][kVec];  // gradient of the input k tokens back, not yet complete
 #pragma unroll
@@ -110,7 +110,7 @@ struct BackwardKernel {
         }
         if (t >= W - 1) {
           store_vec<kAligned>(dx, open[W - 1], task.valid);
-          dx += p.dim;
+          dx += p.dx.step;
         }
       }
     }

@@ -46,7 +46,7 @@ struct Forward : Problem {
 struct Backward : Problem {
   View dy;         // channel stride 1
   View dfinal;     // (sequences, W-1, dim), optional
-  void* dx;        // (batch, tokens, dim) contiguous
+  View dx;         // channel stride 1
   View dinitial;   // (sequences, W-1, dim), optional
   float* partial;  // (token blocks, W+1, dim): W weight gradients and the bias gradient
   void* dweight;   // (dim, W) contiguous, weight_dtype

@@ -1,5 +1,5 @@
 // nemokernels_C::causal_conv1d_*: tensors to parameters. Callers have checked shapes and dtypes and
-// allocated the outputs (contiguous).
+// allocated the outputs (contiguous; dx may be a part of wider rows).
 #include "causal_conv1d/causal_conv1d.h"
 #include "torch_stable.h"
 
@@ -81,19 +81,20 @@ void backward(Tensor dy, Optional dfinal, Tensor x, Tensor weight, Optional bias
   set_inputs(p, x, seq_idx, initial_states, cu_seqlens, chunk);
   p.dy = view(dy);
   p.dfinal = view(dfinal);
-  p.dx = dx.data_ptr();
+  p.dx = view(dx);
   p.dinitial = view(dinitial);
   p.partial = static_cast<float*>(partial.data_ptr());
   p.dweight = dweight.data_ptr();
   p.dbias = dbias.data_ptr();
-  STD_TORCH_CHECK(p.dy.channel == 1 || p.dim <= 1, "expected channel-last dy");
+  STD_TORCH_CHECK((p.dy.channel == 1 && p.dx.channel == 1) || p.dim <= 1,
+                  "expected channel-last dy and dx");
   STD_TORCH_CHECK(partial.scalar_type() == ScalarType::Float && partial.size(1) == p.width + 1 &&
                       partial.size(0) >= token_blocks(p) && partial.size(2) == p.dim,
                   "expected a float32 workspace of (token blocks, W+1, dim)");
   with_dtype(x, [&](auto type) {
     using T = decltype(type);
     p.aligned = p.dim % int64_t(16 / sizeof(T)) == 0 && aligned(p.x, sizeof(T)) &&
-                aligned(p.dy, sizeof(T)) && aligned(view(dx), sizeof(T));
+                aligned(p.dy, sizeof(T)) && aligned(p.dx, sizeof(T));
     run_backward<T>(p, device.stream());
   });
   device.check();

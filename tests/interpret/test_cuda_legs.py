@@ -65,7 +65,8 @@ def test_float64_is_for_the_reference(family, name, usable):
         with pytest.raises(RuntimeError, match="float64"):
             operator.overload.redispatch(KEYS, *native)
         return
-    with pytest.warns(RuntimeWarning, match=f"{name} has no kernel"):
+    parts = "ssd_chunk_scan_backward" if name == "mamba_mixer_backward" else name
+    with pytest.warns(RuntimeWarning, match=f"{parts} has no kernel"):
         got = operator.overload.redispatch(KEYS, *native)
     for a, b in zip(tensors(got), tensors(operator.reference(*plain))):
         assert torch.equal(a, b)

@@ -17,7 +17,7 @@ def _cuda_legs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-@pytest.mark.parametrize("fuzzed, which", CASES, ids=lambda v: getattr(v, "family", v))
+@pytest.mark.parametrize("fuzzed, which", CASES, ids=lambda v: getattr(v, "name", v))
 def test_random_problems(fuzzed, which):
     """Fewer heads and groups than on a GPU: programs run one after the other here."""
     options = fuzzed.specialisations[which]

@@ -157,9 +157,9 @@ def _gradient(
 @triton.jit
 def conv1d_backward_kernel(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, ids_ptr, owner_ptr, bounds_ptr,
-    dx_ptr, partial_ptr, T, D, CHUNK, stride_dy_b, stride_dy_t, stride_x_b, stride_x_t,
-    stride_weight_d, stride_weight_w, stride_initial_s, stride_initial_w, stride_ids_b,
-    stride_ids_t,
+    dx_ptr, partial_ptr, T, D, CHUNK, stride_dx_b, stride_dx_t, stride_dy_b, stride_dy_t,
+    stride_x_b, stride_x_t, stride_weight_d, stride_weight_w, stride_initial_s, stride_initial_w,
+    stride_ids_b, stride_ids_t,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_FINAL: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -221,7 +221,7 @@ def conv1d_backward_kernel(
                 mask=carried[:, None] & inside[None, :],
                 other=0.0,
             ).to(tl.float32)
-        at = offset64(offset64(row, T) + t, D)[:, None] + channel[None, :]
+        at = (offset64(row, stride_dx_b) + offset64(t, stride_dx_t))[:, None] + channel[None, :]
         mask = (t < T)[:, None] & inside[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     at = offset64(offset64(part, W + 1) + tap, D)[:, None] + channel[None, :]
@@ -440,14 +440,15 @@ def forward(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final, *
     return y, states
 
 
-def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, *, config):
-    """As ref.backward."""
+def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, *, config,
+             dx=None):  # fmt: skip
+    """As ref.backward; ``dx``, if given, is written to: channel-last, its rows may lie apart."""
     x, dy, initial = _channel_last(x), _channel_last(dy), _channel_last(initial_states)
     (rows, tokens, dim), width = x.shape, weight.shape[1]
     dense_bias, bounds, owner = contiguous(bias), contiguous(cu_seqlens), _owner(tokens, cu_seqlens)
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = dfinal.contiguous() if dfinal.shape[0] else None
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     dinitial = x.new_empty(0 if initial is None else sequences, width - 1, dim)
     parts = rows * cdiv(tokens, config.chunk)
     partial = x.new_empty(parts, width + 1, dim, dtype=torch.float32)
@@ -461,8 +462,9 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, s
                  BLOCK_D=config.block_d, num_warps=config.num_warps)  # fmt: skip
     if parts * columns:
         conv1d_backward_kernel[(parts * columns,)](
-            dy, final, x, *given, owner, bounds, dx, partial, tokens, dim, config.chunk, *strides,
-            HAS_INITIAL=initial is not None, BLOCK_T=config.block_t, **flags,
+            dy, final, x, *given, owner, bounds, dx, partial, tokens, dim, config.chunk,
+            *dx.stride()[:2], *strides, HAS_INITIAL=initial is not None,
+            BLOCK_T=config.block_t, **flags,
         )  # fmt: skip
     if dinitial.numel():
         conv1d_initial_gradient_kernel[(sequences * columns,)](

@@ -42,14 +42,16 @@ def forward(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final, *
     return y, states
 
 
-def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, *, config):
+def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, *, config,
+             dx=None):  # fmt: skip
     x, dy = _channel_last(x), _channel_last(dy)
     batch, tokens, dim = x.shape
     width = weight.shape[1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     blocks = -(-batch * -(-tokens // config.chunk) // WARPS)
     partial = x.new_empty(blocks, width + 1, dim, dtype=torch.float32)
-    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
+    dweight = weight.new_empty(weight.shape)
     dbias = (weight if bias is None else bias).new_empty(dim)
     dinitial = x.new_empty(0 if initial_states is None else sequences, width - 1, dim)
     _backward(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from nemokernels import _backends, _ext, _triton
-from nemokernels._registry import family, reference_on_cuda, register
+from nemokernels._registry import family, filling, reference_on_cuda, register
 from nemokernels.ops.causal_conv1d import ref
 
 FAMILY = family("causal_conv1d", {"csrc": _ext.reason, "triton": _triton.reason})
@@ -68,25 +68,25 @@ def _plan(x: torch.Tensor, *others: torch.Tensor | None) -> Config:
     return plan(batch, tokens, dim, dtypes, usable, _triton.processors(x.device))
 
 
-def _cuda_leg(name: str, operator: str, reference, tensors: slice):
-    """Runs ``name`` of what the plan for these arguments picks."""
+def _cuda_leg(name: str, operator: str, reference, tensors: slice, **places: int):
+    """Runs ``name`` of what the plan for these arguments picks; ``places`` as in filling."""
 
-    def leg(*args):
+    def leg(*args, **targets):
         config = _plan(*args[tensors])
         if config.backend == "reference":
-            return reference_on_cuda(operator, reference)(*args)
+            return filling(reference_on_cuda(operator, reference), **places)(*args, **targets)
         if config.backend == "csrc":
             from nemokernels.ops.causal_conv1d import native as kernel
         else:
             from nemokernels.ops.causal_conv1d import kernel
         with torch.cuda.device_of(args[0]):
-            return getattr(kernel, name)(*args, config=config)
+            return getattr(kernel, name)(*args, config=config, **targets)
 
     return leg
 
 
-_forward_cuda = _cuda_leg("forward", "causal_conv1d", ref.forward, slice(0, 3))
-_backward_cuda = _cuda_leg("backward", "causal_conv1d_backward", ref.backward, slice(2, 5))
+forward_cuda = _cuda_leg("forward", "causal_conv1d", ref.forward, slice(0, 3))
+backward_cuda = _cuda_leg("backward", "causal_conv1d_backward", ref.backward, slice(2, 5), dx=0)
 _varlen_cuda = _cuda_leg("varlen_states", "causal_conv1d_varlen_states", ref.varlen_states,
                          slice(0, 1))  # fmt: skip
 _update_cuda = _cuda_leg("update", "causal_conv1d_update", ref.update, slice(0, 4))
@@ -149,7 +149,7 @@ causal_conv1d_backward = register(
     reference=ref.backward,
     fake=_fake_backward,
     example=_example_backward,
-    cuda=_backward_cuda,
+    cuda=backward_cuda,
 )
 
 
@@ -173,7 +173,7 @@ causal_conv1d = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    cuda=_forward_cuda,
+    cuda=forward_cuda,
     setup_context=_setup,
     backward=_backward,
 )

@@ -93,6 +93,7 @@ def gated_rms_norm_backward_kernel(
     stride_dy_row,
     stride_x_row,
     stride_z_row,
+    stride_dz_row,
     HAS_BIAS: tl.constexpr,
     HAS_Z: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr,
@@ -151,7 +152,8 @@ def gated_rms_norm_backward_kernel(
                 dgate = dx * x
                 dx *= gate
             dz = dgate * (sig * (1.0 + z * (1.0 - sig)))
-            tl.store(dz_ptr + out_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            dz_at = offset64(row, stride_dz_row)[:, None] + column[None, :]
+            tl.store(dz_ptr + dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + out_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     at = offset64(program, width) + column
     tl.store(dweight_ptr + at, tl.sum(dweight, 0), mask=inside)
@@ -176,25 +178,27 @@ def forward(x, weight, bias, z, eps, group_size, norm_before_gate, config):
     return y, rstd
 
 
-def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config):
-    """As ref.backward."""
+def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config, dz=None):
+    """As ref.backward; ``dz``, if given, is written to: a tensor whose rows may lie apart."""
     width, groups = x.shape[-1], x.shape[-1] // group_size
     dx = x.new_empty(x.shape)
-    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    if dz is None:
+        dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     dweight = weight.new_empty(weight.shape)
     if not groups:
         return dx, dweight, dbias, dz
     dy, x, z = as_rows(dy), as_rows(x), as_rows(z)
+    dz_rows = dz if z is None else dz.view(z.shape)
     rows = x.shape[0]
     programs = min(config.programs, max(cdiv(rows, config.rows), 1))
     partial = x.new_empty(1 if bias is None else 2, programs, width, dtype=torch.float32)
     gated_rms_norm_backward_kernel[(programs * groups,)](
-        dy, x, contiguous(weight), contiguous(bias), z, rstd.contiguous(), dx, dz, partial[0],
+        dy, x, contiguous(weight), contiguous(bias), z, rstd.contiguous(), dx, dz_rows, partial[0],
         partial[-1], rows, groups, group_size, dy.stride(0), x.stride(0), row_stride(z),
-        HAS_BIAS=bias is not None, HAS_Z=z is not None, NORM_BEFORE_GATE=norm_before_gate,
-        BLOCK_ROWS=config.rows, BLOCK=config.block, STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        dz_rows.stride(0), HAS_BIAS=bias is not None, HAS_Z=z is not None,
+        NORM_BEFORE_GATE=norm_before_gate, BLOCK_ROWS=config.rows, BLOCK=config.block,
+        STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     column_sum(partial[0], dweight)
     if bias is not None:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from nemokernels import _backends, _triton
-from nemokernels._registry import acc_dtype, family, register
+from nemokernels._registry import acc_dtype, family, filling, reference_on_cuda, register
 from nemokernels._triton import RowConfig
 from nemokernels.ops.gated_rms_norm import ref
 
@@ -54,6 +54,18 @@ def _plan(x, group_size, *others, backward=False) -> RowConfig:
     )  # fmt: skip
 
 
+def backward_cuda(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, *, dz=None):
+    config = _plan(x, group_size, dy, weight, bias, z, rstd, backward=True)
+    args = (dy, x, weight, bias, z, rstd, group_size, norm_before_gate)
+    if config.backend == "reference":
+        reference = reference_on_cuda("gated_rms_norm_backward", ref.backward)
+        return filling(reference, dz=3)(*args, dz=dz)
+    from nemokernels.ops.gated_rms_norm import kernel
+
+    with torch.cuda.device_of(x):
+        return kernel.backward(*args, config, dz=dz)
+
+
 def _example(device: torch.device, dtype: torch.dtype):
     x = torch.randn(3, 5, 48, device=device, dtype=dtype)
     z = torch.randn(3, 5, 96, device=device, dtype=dtype)[..., 48:]
@@ -89,10 +101,7 @@ gated_rms_norm_backward = register(
     reference=ref.backward,
     fake=_fake_backward,
     example=_example_backward,
-    plan=lambda dy, x, weight, bias, z, rstd, group_size, norm_before_gate: _plan(
-        x, group_size, dy, weight, bias, z, rstd, backward=True
-    ),
-    kernel="gated_rms_norm.kernel:backward",
+    cuda=backward_cuda,
 )
 
 

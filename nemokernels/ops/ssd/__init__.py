@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops.causal_conv1d import check_filter, is_silu
-from nemokernels.ops.gated_rms_norm import rmsnorm_fn
+from nemokernels.ops.gated_rms_norm import check_arguments
 from nemokernels.ops.ssd import op
-from nemokernels.ops.ssd.mixer import conv_scan
+from nemokernels.ops.ssd.mixer import Sizes, mix
 
 __all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
 
@@ -155,9 +155,9 @@ def mamba_split_conv1d_scan_combined(
         out = [silu(mlp[:M]) * mlp[M:], y] @ outproj_weight^T + outproj_bias
 
     softplus is always on. **Nemotron passes norm_before_gate=False**; the default is the peer's.
-    It is composed of the three ops and differentiable through them; the output projection follows
-    autocast, nothing else does. For the backward it keeps zxbcdt, the scan's output and the small
-    tensors; the convolution is computed again.
+    It is composed of the three ops; their backwards fill one gradient of zxbcdt. The output
+    projection follows autocast, nothing else does. For the backward it keeps zxbcdt, the scan's
+    output and the small tensors; the convolution is computed again.
 
     Args:
         zxbcdt: (B, T, 2*M + 2*H*P + 2*G*N + H), float32, bfloat16, float16 or float64.
@@ -228,30 +228,33 @@ def mamba_split_conv1d_scan_combined(
         check_tensor(fn, "outproj_bias", outproj_bias, shape=(outproj_weight.shape[0],),
                      dims="(E,)", dtypes=FLOATS, device=zxbcdt.device)  # fmt: skip
 
-    gated_mlp, z, xbc, dt = zxbcdt.split([2 * mlp, inner, channels, heads], dim=-1)
-    in_scan = rmsnorm_weight is None and norm is None
-    gate = z.unflatten(-1, (heads, width)) if in_scan else None
+    mixed, sizes = zxbcdt, Sizes(heads, width, ngroups, state)
+    if norm is not None:  # which gates, and gives z a gradient
+        outside, mixed = zxbcdt.split([inner, channels + heads], dim=-1)
+    elif mlp:
+        outside, mixed = zxbcdt.split([2 * mlp, needed], dim=-1)
+    z, xbc, dt = sizes.split(mixed)
+    gate = sizes.per_head(z) if rmsnorm_weight is None and norm is None else None
     check_filter(fn, xbc.transpose(1, 2), conv1d_weight, conv1d_bias)
     tensors = dict(dt=dt, A=A, D=D, z=gate, dt_bias=dt_bias, initial_states=initial_states,
                    seq_idx=seq_idx)  # fmt: skip
-    sizes = (*zxbcdt.shape[:2], heads, width, state)
     _check_scan(
-        fn, "zxbcdt", sizes, zxbcdt.device, tensors, cu_seqlens, chunk_size, dt_limit, state_dtype
-    )
-    y, final = conv_scan(
-        xbc, dt, conv1d_weight, conv1d_bias, A, D, gate, dt_bias, initial_states, seq_idx,
-        cu_seqlens, sizes=(heads, width, ngroups, state), silu=is_silu(fn, activation),
+        fn, "zxbcdt", (*zxbcdt.shape[:2], heads, width, state), zxbcdt.device, tensors, cu_seqlens,
+        chunk_size, dt_limit, state_dtype,
+    )  # fmt: skip
+    if rmsnorm_weight is not None:
+        check_arguments(fn, z, rmsnorm_weight, None, None, rmsnorm_eps, inner // ngroups)
+    y, final = mix(
+        mixed, conv1d_weight, conv1d_bias, A, D, dt_bias, rmsnorm_weight, initial_states, seq_idx,
+        cu_seqlens, sizes=sizes, silu=is_silu(fn, activation),
+        norm=(float(rmsnorm_eps), norm_before_gate),
         options=(chunk_size, True, *map(float, dt_limit), state_dtype),
     )  # fmt: skip
     if norm is not None:
-        y = norm(y, z)
+        y = norm(sizes.per_head(y), outside)
         return (y, final) if return_final_states else y
-    y = y.flatten(2)
-    if rmsnorm_weight is not None:
-        y = rmsnorm_fn(y, rmsnorm_weight, z=z, eps=rmsnorm_eps, group_size=inner // ngroups,
-                       norm_before_gate=norm_before_gate)  # fmt: skip
     if mlp:
-        gate, value = gated_mlp.chunk(2, dim=-1)
+        gate, value = outside.chunk(2, dim=-1)
         y = torch.cat([F.silu(gate) * value, y], dim=-1)
     if outproj_weight is not None:
         y = F.linear(y, outproj_weight, outproj_bias)

@@ -8,6 +8,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nemokernels._tl import clear_outside
 from nemokernels._triton import Specialisation, cdiv, contiguous, next_power_of_2
 from nemokernels.ops.ssd import kernel_backward as backward_kernels
 from nemokernels.ops.ssd import kernel_forward as forward_kernels
@@ -58,10 +59,16 @@ class Layout:
         blocks = {"BLOCK_P": self.BLOCK_P, "BLOCK_N": self.BLOCK_N, "TMA": self.TMA}
         return {**sizes, **blocks, **self.flags, "HAS_IDS": self.ids is not None}
 
-    def empty(self, x: torch.Tensor, *shape: int, dtype=None) -> torch.Tensor:
-        """For every token or chunk; zeros where some may not be visited."""
+    def sums(self, x: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Float32 for every chunk; zeros where some may not exist."""
         make = x.new_empty if self.bounds is None else x.new_zeros
-        return make(shape, dtype=dtype or x.dtype)
+        return make(shape, dtype=torch.float32)
+
+    def clear(self, *tensors: torch.Tensor) -> None:
+        """Zero the tokens (1, T, ...) of packed rows that no sequence has."""
+        for tensor in tensors if self.bounds is not None else ():
+            if tensor.numel():
+                clear_outside(tensor, self.bounds)
 
 
 def layout(x, B, seq_idx, cu_seqlens, *, chunk: int, block_p: int, tma: bool) -> Layout:
@@ -189,8 +196,9 @@ def forward(
     x, B, C = unit_last(x), unit_last(B), unit_last(C)
     sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.chunk, block_p=config.block_p,
                    tma=config.tma)  # fmt: skip
-    out = sizes.empty(x, *x.shape)
-    ungated = sizes.empty(x, *x.shape) if z is not None else x.new_empty(0)
+    out = x.new_empty(x.shape)
+    ungated = x.new_empty(x.shape if z is not None else 0)
+    sizes.clear(out, ungated)
     final = x.new_empty(sizes.S, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
     programs = sizes.S * sizes.H * sizes.blocks
     if programs == 0:
@@ -215,29 +223,34 @@ def forward(
 
 def backward(
     dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, ungated,
-    dt_softplus, dt_min, dt_max, *, config, joined=False,
+    dt_softplus, dt_min, dt_max, *, config, joined=False, ddt=None, dz=None,
 ):  # fmt: skip
-    """As ref.backward, or ref.backward_joined; ``config`` is an op.Config."""
+    """As ref.backward, or ref.backward_joined; ``config`` is an op.Config.
+
+    ``ddt`` and ``dz``, if given, are written to: tensors whose tokens may lie apart, at one
+    distance in all rows.
+    """
     x, B, C, dy = unit_last(x), unit_last(B), unit_last(C), unit_last(dout)
     sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.span, block_p=config.block_p,
                    tma=config.tma)  # fmt: skip
     squares = config.span // config.square  # along one side of a chunk's scores
     S, K, H, P, N, blocks = sizes.S, sizes.K, sizes.H, sizes.P, sizes.N, sizes.blocks
-    wide = {"dtype": torch.float32}
     absent = x.new_empty(0)
     widths = [H * P, sizes.G * N, sizes.G * N]
     if joined:
-        whole = sizes.empty(x, *x.shape[:2], sum(widths))
+        whole = x.new_empty(*x.shape[:2], sum(widths))
         flat = whole.split(widths, -1)
     else:
-        flat = [sizes.empty(x, *x.shape[:2], width) for width in widths]
+        flat = [x.new_empty(*x.shape[:2], width) for width in widths]
     dx, dB, dC = (t.unflatten(2, like.shape[2:]) for t, like in zip(flat, (x, B, B)))
-    ddt = sizes.empty(x, *dt.shape, dtype=dt.dtype)
-    dA, dbias = sizes.empty(x, K, H, **wide), sizes.empty(x, K, H, **wide)
+    ddt = dt.new_empty(dt.shape) if ddt is None else ddt
+    dA, dbias = sizes.sums(x, K, H), sizes.sums(x, K, H)
     D_axes = 0 if D is None else D.dim()
     parts = {0: 1, 1: blocks, 2: P}[D_axes]
-    dD = sizes.empty(x, K * squares, H, parts, **wide) if D_axes else None
-    dz = absent if z is None else sizes.empty(x, *x.shape, dtype=z.dtype)
+    dD = sizes.sums(x, K * squares, H, parts) if D_axes else None
+    if dz is None:
+        dz = absent if z is None else z.new_empty(z.shape)
+    sizes.clear(*((whole,) if joined else (dx, dB, dC)), ddt, dz)
     dinitial = absent if initial_states is None else initial_states.new_empty(S, H, P, N)
 
     def results():
@@ -257,10 +270,10 @@ def backward(
     chunk_map = (sizes.seq_idx, sizes.bounds, sizes.first, sizes.owner)
     D_here = D_axes  # where dD is made: with a gate, from the gradient before it is rounded
     if z is not None and K:
-        dy, go, D_here = sizes.empty(x, *x.shape), dy, 0
+        dy, go, D_here = x.new_empty(x.shape), dy, 0
         backward_kernels.ssd_gate_backward_kernel[(K * squares, H, blocks)](
             go, z, ungated, x, dz, dy, dD, *chunk_map, sizes.T, sizes.NC, S, H, *go.stride()[:3],
-            *x.stride()[:3], *z.stride(), P=P, L=config.square, SPAN=config.span,
+            *x.stride()[:3], *z.stride(), *dz.stride()[:2], P=P, L=config.square, SPAN=config.span,
             BLOCK_P=sizes.BLOCK_P, D_AXES=D_axes, **sizes.flags, num_warps=4,
         )  # fmt: skip
     sizes = _settle(sizes, x, dy, B, C, dx, dB, dC)
@@ -315,10 +328,10 @@ def backward(
         )  # fmt: skip
     backward_kernels.ssd_steps_backward_kernel[(K, cdiv(H, HEADS_PER_PROGRAM))](
         dt, bias, rate, sums, r, p, d, through, ddt, dA, dbias, sizes.seq_idx, sizes.bounds,
-        sizes.first, sizes.owner, sizes.T, sizes.NC, K, S, H, *dt.stride(), dt_min, dt_max,
-        L=sizes.length, BLOCK_H=HEADS_PER_PROGRAM, SOFTPLUS=dt_softplus,
-        HAS_BIAS=dt_bias is not None, **sizes.flags, EXACT=x.dtype == torch.float32,
-        HAS_CROSS=squares > 1, num_warps=4,
+        sizes.first, sizes.owner, sizes.T, sizes.NC, K, S, H, *dt.stride(),
+        ddt.stride(1), dt_min, dt_max, L=sizes.length, BLOCK_H=HEADS_PER_PROGRAM,
+        SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, **sizes.flags,
+        EXACT=x.dtype == torch.float32, HAS_CROSS=squares > 1, num_warps=4,
     )  # fmt: skip
     return results()
 

@@ -54,7 +54,7 @@ def ssd_gate_backward_kernel(
     dout, z, ungated, x, dz, dy_out, dD, seq_idx, bounds, first, owner,
     T, NC, S, H,
     stride_o_row, stride_o_token, stride_o_head, stride_x_row, stride_x_token, stride_x_head,
-    stride_z_row, stride_z_token, stride_z_head, stride_z_width,
+    stride_z_row, stride_z_token, stride_z_head, stride_z_width, stride_dz_row, stride_dz_token,
     P: tl.constexpr, L: tl.constexpr, SPAN: tl.constexpr, BLOCK_P: tl.constexpr,
     D_AXES: tl.constexpr, HAS_PAD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def ssd_gate_backward_kernel(
         sig = sigmoid(gate)
         tokens = t0 + q < end
         grad = go * y * sig * (1.0 + gate * (1.0 - sig))
-        store_tile(dz, grad, row, t0, h, p0, tokens, offset64(T, H * P), H * P,
+        store_tile(dz, grad, row, t0, h, p0, tokens, stride_dz_row, stride_dz_token,
                    P, L, BLOCK_P, False)  # fmt: skip
         dy = go * gate * sig
         store_tile(dy_out, dy, row, t0, h, p0, tokens, offset64(T, H * P), H * P,
@@ -332,9 +332,10 @@ def ssd_group_backward_kernel(
 @jit_for_any_length
 def ssd_steps_backward_kernel(
     dt, dt_bias, A, sums, r_in, p_in, d_in, through, ddt, dA, dbias, seq_idx, bounds,
-    first, owner, T, NC, K, S, H, stride_dt_row, stride_dt_token, stride_dt_head, dt_min, dt_max,
-    L: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_PAD: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, HAS_CROSS: tl.constexpr,
+    first, owner, T, NC, K, S, H, stride_dt_row, stride_dt_token, stride_dt_head,
+    stride_ddt_token, dt_min, dt_max, L: tl.constexpr, BLOCK_H: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, HAS_CROSS: tl.constexpr,
 ):  # fmt: skip
     """ddt of one chunk and BLOCK_H heads, and the chunk's part of dA and ddt_bias, (K, H)."""
     k = tl.program_id(0)
@@ -380,8 +381,10 @@ def ssd_steps_backward_kernel(
         grad = tl.where(live & (soft >= dt_min) & (soft <= dt_max), grad, 0.0)
         if SOFTPLUS:
             grad *= sigmoid(raw)  # 1 from 17 on, before the threshold where softplus ends
-        token = (offset64(row, T) + t0 + q)[None, :] * H + h[:, None]
-        tl.store(ddt + token, grad, mask=(t0 + q < end)[None, :] & heads[:, None])
+        token = offset64(offset64(row, T) + t0 + q, stride_ddt_token)
+        tl.store(
+            ddt + token[None, :] + h[:, None], grad, mask=(t0 + q < end)[None, :] & heads[:, None]
+        )
         to = offset64(k, H) + h
         tl.store(dA + to, tl.sum(decay * d, 1), mask=heads)
         if HAS_BIAS:

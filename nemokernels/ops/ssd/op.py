@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemokernels import _backends, _triton, _tuned
-from nemokernels._registry import acc_dtype, family, reference_on_cuda, register
+from nemokernels._registry import acc_dtype, family, filling, reference_on_cuda, register
 from nemokernels.ops.ssd import ref
 
 FAMILY = family("ssd", {"triton": _triton.reason})
 
-_OPTIONS = "int chunk_size, bool dt_softplus, float dt_min, float dt_max, ScalarType? state_dtype"
+OPTIONS = "int chunk_size, bool dt_softplus, float dt_min, float dt_max, ScalarType? state_dtype"
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens"
@@ -151,15 +150,18 @@ def _forward_cuda(*args):
     return kernel.forward(*inputs, *options, config=config)
 
 
-def _backward_cuda(*args, joined=False):
+def backward_cuda(*args, joined=False, ddt=None, dz=None):
+    """``joined``: dx, dB and dC side by side. ``ddt`` and ``dz``: parts of a tensor to fill."""
     inputs, (_, *options, state_dtype) = args[2:13], args[14:]
     config = _plan((*inputs[:9], inputs[10]), state_dtype)
     if config.backend == "reference":
-        name = "ssd_chunk_scan_backward" + "_joined" * joined
-        return reference_on_cuda(name, ref.backward_joined if joined else ref.backward)(*args)
+        leg = ref.backward_joined if joined else ref.backward
+        leg = reference_on_cuda("ssd_chunk_scan_backward", leg)
+        places = {"ddt": 1, "dz": 4 if joined else 6}
+        return filling(leg, **places)(*args, ddt=ddt, dz=dz)
     from nemokernels.ops.ssd import kernel
 
-    return kernel.backward(*args[:14], *options, config=config, joined=joined)
+    return kernel.backward(*args[:14], *options, config=config, joined=joined, ddt=ddt, dz=dz)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -207,31 +209,13 @@ def _fake_backward(dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, 
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
-def _fake_backward_joined(*args):
-    dx, ddt, dA, dB, dC, *rest = _fake_backward(*args)
-    width = sum(t.shape[2] * t.shape[3] for t in (dx, dB, dC))
-    return dx.new_empty(*dx.shape[:2], width), ddt, dA, *rest
-
-
 ssd_chunk_scan_backward = register(
     FAMILY,
-    f"ssd_chunk_scan_backward(Tensor dout, Tensor dfinal, {_INPUTS}, Tensor ungated, {_OPTIONS}) "
+    f"ssd_chunk_scan_backward(Tensor dout, Tensor dfinal, {_INPUTS}, Tensor ungated, {OPTIONS}) "
     f"-> ({', '.join(['Tensor'] * 9)})",
     reference=ref.backward,
-    cuda=_backward_cuda,
+    cuda=backward_cuda,
     fake=_fake_backward,
-    example=_example_backward,
-)
-
-
-# For a mixer, whose convolution takes the three gradients side by side.
-ssd_chunk_scan_backward_joined = register(
-    FAMILY,
-    f"ssd_chunk_scan_backward_joined(Tensor dout, Tensor dfinal, {_INPUTS}, Tensor ungated, "
-    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})",
-    reference=ref.backward_joined,
-    cuda=functools.partial(_backward_cuda, joined=True),
-    fake=_fake_backward_joined,
     example=_example_backward,
 )
 
@@ -252,7 +236,7 @@ def _backward(ctx, dout, dfinal, _dungated):
 
 ssd_chunk_scan = register(
     FAMILY,
-    f"ssd_chunk_scan({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"ssd_chunk_scan({_INPUTS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=ref.forward,
     cuda=_forward_cuda,
     fake=_fake,
