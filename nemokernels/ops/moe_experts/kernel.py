@@ -38,7 +38,7 @@ def moe_experts_tiles_kernel(
     BLOCK: tl.constexpr,
 ):
     # Expert (-1 for none) and first row of every tile of BLOCK_M rows. Ends that decrease or lie
-    # beyond the rows make no tile outside them.
+    # beyond the rows give an expert none or all of them; tile_rows() drops what is no row.
     lane = tl.arange(0, LANES)
     inside = lane < experts
     ends = tl.load(offsets_ptr + lane, mask=inside, other=0)
