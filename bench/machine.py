@@ -79,9 +79,11 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit of the source tree the package runs from, "+" behind it where files differ."""
     here = Path(nemokernels.__file__).resolve().parent.parent
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(here)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if shutil.which("git") is None or head.returncode != 0:
+    if head.returncode != 0:
         return "unknown"
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

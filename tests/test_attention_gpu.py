@@ -68,7 +68,7 @@ def test_packed_equals_separate_and_twice_the_same(rule):
 
 def test_graph():
     tensors = [t.cuda() for t in problem(1, 500, 500)]
-    bounds = torch.tensor([0, 300, 500], dtype=torch.int32)
+    bounds = torch.tensor([0, 300, 500], dtype=torch.int32, device="cuda")
     with use_backend("attention", "triton"):
-        fn = lambda: testing.gradients(call(RULES[2], bounds.cuda()), tensors[:3], tensors[3:])[1]  # noqa: E731
+        fn = lambda: testing.gradients(call(RULES[2], bounds), tensors[:3], tensors[3:])[1]  # noqa: E731
         assert on_gpu.same_bits(fn(), on_gpu.replay(fn))

@@ -3,6 +3,7 @@
 import contextlib
 import types
 
+import on_gpu
 import pytest
 import torch
 from fake_clock import tiny
@@ -198,7 +199,8 @@ def test_rows_on_a_gpu(op):
         row = next(r for r in rows((op,)) if r.way == way)
         small = dataclasses.replace(row.cost, bytes=1e6, flops=0)
         row = dataclasses.replace(row, shape=dict(row.subject.tiny), cost=small)
-        record = contest(row, clock, ceilings, with_peers=False)
+        with on_gpu.references():
+            record = contest(row, clock, ceilings, with_peers=False)
         assert "failed" not in record, record
         place(record, row, ceilings)
         ours, eager = entry(record), entry(record, "torch eager")
