@@ -29,9 +29,9 @@ def save_pretrained(
     A tensor that still has the dtype in which it was loaded is written in its file's dtype, so that
     loading and saving reproduces every byte. All others are written in the embeddings' dtype,
     correction biases in float32. A model that was loaded from a quantised checkpoint is written
-    dequantised; one whose tensor names had no prefix is written without it. Everything is written
-    to a folder beside ``folder``, flushed to the disk and then renamed, so that ``folder`` is
-    complete once it exists.
+    dequantised. Names begin as in the file it was loaded from: with ``backbone.``, ``model.`` or
+    nothing. Everything is written to a folder beside ``folder``, flushed to the disk and then
+    renamed, so that ``folder`` is complete once it exists.
 
     Args:
         model: any model of this package that is not on meta.
@@ -140,6 +140,7 @@ def _outputs(model: CausalLM) -> list[Output]:
     state = model.state_dict()
     loaded = getattr(model, "file_dtypes", {})
     layout = names.layout(model.config)
+    trunk = getattr(model, "file_trunk", layout.trunk)
     default = state[layout.trunk + layout.embeddings].dtype
     outputs = []
     for name, shape in names.tensor_shapes(model.config):
@@ -149,8 +150,8 @@ def _outputs(model: CausalLM) -> list[Output]:
             raise RuntimeError(f"{target}: the model holds {tuple(value.shape)}, expected {shape}")
         in_memory, in_file = loaded.get(target, (None, None))
         dtype = in_file if value.dtype == in_memory else names.published_dtype(name, default)
-        if getattr(model, "file_trunk", layout.trunk) == "":
-            name = name.removeprefix(layout.trunk)
+        if name.startswith(layout.trunk):
+            name = trunk + name.removeprefix(layout.trunk)
         outputs.append(Output(name, shape, dtype, value.detach))
     kept = model.kept.items()
     return outputs + [Output(name, tuple(v.shape), v.dtype, v.detach) for name, v in kept]

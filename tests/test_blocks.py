@@ -6,7 +6,7 @@ import hybrids
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemokernels.models import (
     ConfigError,
@@ -96,6 +96,17 @@ def test_saving_reproduces_every_byte_and_the_blocks(tmp_path):
         load_file(tmp_path / "a" / "model.safetensors").keys()
         == checkpoint_spec(made.config).keys()
     )
+
+
+def test_names_begin_as_in_the_file(tmp_path):
+    save_pretrained(model(torch.bfloat16), tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    values = {name.replace("backbone.", "model."): v for name, v in load_file(path).items()}
+    save_file(values, path)
+    save_pretrained(from_pretrained(tmp_path / "a"), tmp_path / "b")
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    assert again.keys() == values.keys()
+    assert all(torch.equal(again[name], value) for name, value in values.items())
 
 
 def test_speculation_says_what_plain_decoding_says():

@@ -88,10 +88,13 @@ def test_names_and_shapes_are_the_published_ones():
     assert sum(name.startswith(RADIO) for name in spec) == 3 + 32 * 12
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_load_then_save_reproduces_every_byte(tmp_path, dtype):
-    values = tensors()
-    source = write(tmp_path / "a", values)
+@pytest.mark.parametrize(
+    ("dtype", "trunk"), [(None, "backbone."), (torch.float32, "backbone."), (None, "model.")]
+)
+def test_load_then_save_reproduces_every_byte(tmp_path, dtype, trunk):
+    values, published = tensors(), "language_model.backbone."
+    stored = {n.replace(published, f"language_model.{trunk}"): v for n, v in values.items()}
+    source = write(tmp_path / "a", stored)
     model = from_pretrained(source, dtype=dtype)
     held = model.state_dict()
     for name, value in values.items():
