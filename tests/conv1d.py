@@ -3,7 +3,7 @@
 import torch
 from on_gpu import to
 
-from nemokernels import testing
+from nemokernels import causal_conv1d_fn, testing
 from nemokernels.ops.causal_conv1d import ref
 
 
@@ -42,3 +42,24 @@ def problem(batch, tokens, dim, width, dtype, mode="rows", weight_dtype=None, in
         sequences = len(cuts) - 1
     states = torch.randn(sequences, width - 1, dim).to(dtype) if initial else None
     return x, weight, bias, seq_idx, states, cu, dy
+
+
+def compare_past_two_to_the_31(dim=2048, tokens=1_060_000, device="cuda"):
+    """The last tokens of a long row against its end alone, forward and backward."""
+    x = torch.randn(1, 64, dim, device=device, dtype=torch.bfloat16)
+    x = x.repeat(1, -(-tokens // 64), 1)
+    weight = torch.randn(dim, 4, device=device)
+    y = causal_conv1d_fn(x.mT, weight, activation="silu")
+    end = causal_conv1d_fn(x[:, -100:].mT, weight, initial_states=x[:, -103:-100].mT.contiguous(),
+                           activation="silu")  # fmt: skip
+    assert torch.equal(y[..., -100:], end)
+    dy, none = torch.zeros_like(x), x.new_empty(0, 3, dim)
+    dy[:, -100:] = x[:, :100]
+    backward = torch.ops.nemokernels.causal_conv1d_backward
+    options = weight, None, None, None, None, True
+    dx, dweight, dbias, _ = backward(dy, none, x, *options)
+    last, *sums, _ = backward(dy[:, -200:], none, x[:, -200:], *options)
+    torch.testing.assert_close(dx[:, -200:], last)
+    assert (dx[:, :5] == 0).all()
+    for got, want in zip((dweight, dbias), sums):
+        torch.testing.assert_close(got, want)

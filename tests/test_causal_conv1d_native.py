@@ -225,6 +225,16 @@ def test_public_function_on_cuda(dtype):
         testing.assert_matches(part, want, plain)
 
 
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    with use_backend("causal_conv1d", "csrc", "cuda"):
+        conv1d.compare_past_two_to_the_31()
+
+
+def test_the_comparison_past_two_to_the_31_in_small():
+    conv1d.compare_past_two_to_the_31(8, 640, "cpu")
+
+
 def test_plan():
     everywhere = ("csrc", "reference")
     assert op.plan(8, 4096, 10240, (BF16,), everywhere, 132) == op.Config("csrc", 256)
