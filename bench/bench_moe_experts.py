@@ -1,11 +1,12 @@
-"""The routed experts, given the route: training shapes, prefill and decoding."""
+"""The routed experts, given the route or with the router: training shapes, prefill, decoding."""
 
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from nemokernels import FP8Experts, Route, moe_experts
+from nemokernels import FP8Experts, Route, moe_experts, moe_route
+from nemokernels.bench import bench_moe_route
 from nemokernels.bench.rows import Subject, model
 from nemokernels.ops.moe_experts import cost
 from nemokernels.ops.moe_route import ref as routing
@@ -55,6 +56,26 @@ def add_up(rows, x, weights, order):
     scaled = (rows * weights.flatten()[order.long(), None]).float()
     total = torch.zeros_like(x, dtype=torch.float32)
     return total.index_add_(0, order.long() // weights.shape[1], scaled).to(x.dtype)
+
+
+def inputs_layer(make, T, X, F, E, k):
+    given = inputs(make, T, X, F, E, k)
+    matrices = {name: given[name] for name in ("x", "up", "down")}
+    return dict(**matrices, logits=logits(T, E).to(make.device), k=k)
+
+
+def ours_layer(x, up, down, logits, k):
+    return moe_experts(x, up, down, moe_route(logits, top_k=k, scale=2.5))
+
+
+def eager_route(logits, k):
+    bias = logits.new_zeros(logits.shape[1])
+    weights, experts, _, offsets, order = bench_moe_route.eager(logits, bias, k)
+    return dict(weights=weights, experts=experts, offsets=offsets, order=order)
+
+
+def eager_layer(x, up, down, logits, k):
+    return eager(x, up, down, **eager_route(logits, k))
 
 
 def sonic_moe():
@@ -146,6 +167,10 @@ def subject(**peers):
     )  # fmt: skip
 
 
+# The float64 reference takes the same logits, so that it chooses the same experts.
+LAYER = Subject("moe_experts", "moe_experts with its router", inputs=inputs_layer, ours=ours_layer,
+                eager=eager_layer, wrt=("x", "up", "down", "logits"), kept=("logits",),
+                tiny=dict(T=5, X=16, F=24, E=6, k=2))  # fmt: skip
 FORWARD = subject(sonic_moe=sonic_moe, flashinfer=flashinfer)
 BACKWARD = subject(sonic_moe=sonic_moe)  # flashinfer has none
 EIGHT = Subject(
@@ -171,7 +196,10 @@ for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (1, 64, 163
         used = touched(T, shape["E"], shape["k"])
         counted = T, shape["X"], shape["F"], shape["k"], used, 2, "bfloat16"
         ROWS.append(FORWARD.row(f"{short} {T}", cost=cost.forward(*counted), goal=goals.get(T),
-                                quick=short == "nano3" and T != 1024, **shape))  # fmt: skip
+                                quick=short == "nano3" and T < 1024, **shape))  # fmt: skip
+        if T == 16384:
+            ROWS.append(LAYER.row(f"{short} {T}", cost=cost.forward(*counted), goal=0.75,
+                                  quick=short == "nano3", **shape))  # fmt: skip
         if (short, T) in (("nano3", 16384), ("nano3", 1024)):
             ROWS.append(BACKWARD.row(f"{short} {T}", "backward", cost=cost.backward(*counted),
                                      quick=T == 16384, **shape))  # fmt: skip

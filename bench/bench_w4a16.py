@@ -6,7 +6,7 @@ Plain torch stands beside it with the same weights in bfloat16, as a user withou
 import torch
 import torch.nn.functional as F
 
-from nemokernels import NVFP4, moe_experts, nvfp4_linear, tile_nvfp4
+from nemokernels import NVFP4, moe_experts, moe_route, nvfp4_linear, tile_nvfp4
 from nemokernels.bench import bench_moe_experts as moe
 from nemokernels.bench.rows import Subject
 from nemokernels.ops.nvfp4 import ref
@@ -53,6 +53,20 @@ def eager_experts(x, tiled, dense, **route):
     return moe.eager(x, *dense, **route)
 
 
+def inputs_layer(make, T, X, F, E, k):
+    given = inputs_experts(make, T, X, F, E, k)
+    parts = {name: given[name] for name in ("x", "tiled", "dense")}
+    return dict(**parts, logits=moe.logits(T, E).to(make.device), k=k)
+
+
+def ours_layer(x, tiled, dense, logits, k):
+    return moe_experts(x, *tiled, moe_route(logits, top_k=k, scale=2.5))
+
+
+def eager_layer(x, tiled, dense, logits, k):
+    return moe.eager(x, *dense, **moe.eager_route(logits, k))
+
+
 LINEAR = Subject(
     "w4a16", "nvfp4_linear", inputs=inputs, ours=ours, eager=eager, kept=("tiled", "dense"),
     tiny=dict(M=3, K=64, N=16),
@@ -61,20 +75,27 @@ EXPERTS = Subject(
     "w4a16", "moe_experts with NVFP4 weights", inputs=inputs_experts, ours=ours_experts,
     eager=eager_experts, kept=("tiled", "dense"), tiny=dict(T=5, X=64, F=80, E=6, k=2),
 )  # fmt: skip
+LAYER = Subject(
+    "w4a16", "moe_experts with NVFP4 weights and its router", inputs=inputs_layer, ours=ours_layer,
+    eager=eager_layer, kept=("tiled", "dense", "logits"), tiny=dict(T=5, X=64, F=80, E=6, k=2),
+)  # fmt: skip
 
 ROWS = []
 for M in (1, 64, 4096):
     shape = dict(M=M, K=4096, N=18560)
     ROWS.append(LINEAR.row(f"{M} x 4096 to 18560", quick=M == 64, **shape,
                            cost=cost.linear(**shape, itemsize=2, unit="bfloat16")))  # fmt: skip
-for short, tokens in (("nano3", (1, 8, 64, 1024)), ("super3", (64,))):
+for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (64,))):
     sizes = moe.sizes(short)
     for T in tokens:
         used = moe.touched(T, sizes["E"], sizes["k"])
         counted = T, sizes["X"], sizes["F"], sizes["k"], used, 2, "bfloat16"
-        goal = {1: 0.70, 8: 0.88, 64: 0.92}.get(T)
+        goal = {1: 0.70, 8: 0.88, 64: 0.92, 16384: 0.60}.get(T)
         ROWS.append(EXPERTS.row(f"{short} {T}", cost=cost.experts(*counted), goal=goal,
-                                quick=short == "nano3" and T < 1024, T=T, **sizes))  # fmt: skip
+                                quick=short == "nano3" and T == 16384, T=T, **sizes))  # fmt: skip
+        if T <= 64:
+            ROWS.append(LAYER.row(f"{short} {T}", cost=cost.experts(*counted), goal=goal,
+                                  quick=short == "nano3", T=T, **sizes))  # fmt: skip
 
 
 def test_bench(benchmark, row, measure):

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_quantized_checkpoints import EXPERT, INPUT, LINEAR, SHAPES, mixed, plain, quantise, write
 
-from nemokernels import moe_experts, moe_route, testing
+from nemokernels import moe_experts, moe_route, testing, untile_nvfp4
 from nemokernels.models import CheckpointError, exact, from_pretrained, generate, save_pretrained
 from nemokernels.models.kept import KeptExperts, NVFP4Linear, keep
 from nemokernels.models.linear import Linear
@@ -152,3 +153,17 @@ def test_refused(tmp_path):
     folder = write(tmp_path / "c", values | {f"{INPUT}.weight_scale": negative}, mixed(layers))
     with pytest.raises(CheckpointError, match=f"{INPUT}: tile_nvfp4: `scales` holds a negative"):
         from_pretrained(folder, keep_quantized=True)
+
+
+def test_experts_are_kept_byte_for_byte(tmp_path):
+    folder = folder_of(tmp_path, dict.fromkeys(EXPERTS, "NVFP4"))
+    held = from_pretrained(folder, keep_quantized=True).backbone.layers[1].mixer.experts
+    values = load_file(folder / "model.safetensors")
+    for leaf in ("up_proj", "down_proj"):
+        back = untile_nvfp4(getattr(held, leaf))
+        for e in (0, 1):
+            name = f"backbone.layers.1.mixer.experts.{e}.{leaf}"
+            for part, stored in zip(back, ("weight", "weight_scale", "weight_scale_2")):
+                want = values[f"{name}.{stored}"]
+                assert torch.equal(part[e].view(-1).view(torch.uint8),
+                                   want.view(-1).view(torch.uint8))  # fmt: skip

@@ -124,6 +124,27 @@ def test_experts_without_tokens_have_zero_gradient():
     assert dup[~idle].flatten(1).any(1).all() and ddown[~idle].flatten(1).any(1).all()
 
 
+def test_thousand_routings():
+    """Loads of any shape, all tokens to one expert among them, against every expert's result."""
+    for i in range(1000):
+        tokens = (0, 1, 7, 127, 129)[i % 5] if i % 3 == 0 else int(torch.randint(1, 30, ()))
+        experts = int(torch.randint(1, 12, ()))
+        top_k = int(torch.randint(1, experts + 1, ()))
+        logits = torch.randn(tokens, experts, dtype=torch.float64)
+        logits += (i % 10) * torch.randn(experts)  # most tokens to a few
+        if i % 7 == 0:
+            logits[:, experts // 2] += 100
+            top_k = 1
+        route = moe_route(logits, top_k=top_k)
+        x = torch.randn(tokens, 4, dtype=torch.float64)
+        up, down = (torch.randn(experts, *s, dtype=torch.float64) for s in ((3, 4), (4, 3)))
+        every = torch.einsum("exf,etf->etx", down, (x @ up.mT).relu().square())
+        share = torch.zeros_like(logits).scatter_(1, route.experts.long(), route.weights)
+        want = torch.einsum("te,etx->tx", share, every)
+        torch.testing.assert_close(moe_experts(x, up, down, route), want, rtol=1e-10, atol=1e-10)
+        assert torch.equal(route.counts, (share > 0).sum(0, dtype=torch.int32))
+
+
 def test_no_tokens():
     x, up, down, route = make(0, 4, 2)
     out, grads = testing.gradients(lambda *a: call(*a, route), [x, up, down, route.weights])
