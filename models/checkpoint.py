@@ -132,7 +132,7 @@ def open_checkpoint(folder: str | os.PathLike, reward_head: str | None = None) -
     """Open a checkpoint folder and check all its headers; raises as :func:`from_pretrained`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder")
+        raise CheckpointError(f"{folder}: not a folder (one from a hub is downloaded first)")
     data = read_json(folder, CONFIG)
     problems = Problems(folder)
     with Shards(folder, problems) as shards:

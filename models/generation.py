@@ -307,6 +307,9 @@ def _check(model, prompts, max_new_tokens, speculate, request_ids) -> None:
           "`request_ids` must have one id per prompt")  # fmt: skip
     vocab = model.config.vocab_size
     for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Sequence):
+            raise TypeError(f"generate: `prompts[{index}]` must be a list of token ids, "
+                            f"got {type(prompt).__name__}")  # fmt: skip
         check("generate", len(prompt) > 0, f"`prompts[{index}]` is empty; give it one token, such "
               "as the beginning-of-text token")  # fmt: skip
         for token in prompt:

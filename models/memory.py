@@ -111,7 +111,7 @@ def gpus_needed(total: int, gpu: float, *, reserve: float = 0.1) -> int:
         ValueError: a GPU without memory, or a reserve that is not from 0 to below 1.
     """
     if not gpu > 0:
-        raise ValueError(f"`gpu` must be above 0, got {gpu}")
+        raise ValueError(f"a GPU must have memory, got {gpu:g} bytes")
     if not 0 <= reserve < 1:
         raise ValueError(f"`reserve` must be from 0 to below 1, got {reserve}")
     return max(1, math.ceil(total / (gpu * (1 - reserve))))

@@ -162,7 +162,8 @@ class Router(Wide):
         self.register_buffer("expert_counts", counts, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type if x.device.type != "meta" else "cpu"  # meta knows no autocast
+        with torch.autocast(kind, enabled=False):
             return linear(x.to(self.weight.dtype), self.weight)
 
     def trained(self, logits: torch.Tensor, route: Route) -> Route:

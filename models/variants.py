@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from collections.abc import Mapping
@@ -112,13 +113,16 @@ def find_variant(name: str) -> Variant:
     """The variant of this name, hub id, or part of a hub id after the slash.
 
     Raises:
-        ValueError: there is none; the message lists them.
+        ValueError: there is none; the message names the nearest.
     """
     for variant in _table():
         if variant.answers_to(name):
             return variant
-    names = ", ".join(variant.name for variant in _table())
-    raise ValueError(f"no variant {name!r}; there are {names}")
+    names = [variant.name for variant in _table()]
+    near = [known for known in names if name and _plain(name) in _plain(known)]
+    near = near or difflib.get_close_matches(name, names, n=5)
+    meant = f"did you mean {', '.join(near)}? " if near else ""
+    raise ValueError(f"no variant {name!r}; {meant}`nemokernels models` lists them all")
 
 
 def find_config(name_or_config: str | Config, **arguments: object) -> Config:

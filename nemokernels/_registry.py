@@ -9,6 +9,7 @@ Rules that hold for every operator:
 * outputs are contiguous and never alias an input, so the fake is ``new_empty`` of the right shape;
 * functional operators are differentiable themselves (``register_autograd``); their backward is a
   second operator, which refuses to be differentiated again;
+* forward-mode differentiation raises: torch would drop the tangents without a word;
 * operators that mutate (caches, states) say so in the schema and refuse inputs that need gradients.
 """
 
@@ -21,10 +22,35 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAMESPACE = "nemokernels"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class _Library(torch.library.Library):
+    """Puts a guard before what runs under autograd, register_autograd's kernel among it."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        if dispatch_key == "Autograd":
+            fn = _refuse_tangents(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _refuse_tangents(name: str, kernel: Callable) -> Callable:
+    @functools.wraps(kernel)
+    def guard(*args, **kwargs):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(leaf, torch.Tensor) and forward_ad.unpack_dual(leaf).tangent is not None
+            for leaf in tree_leaves((args, kwargs))
+        ):
+            raise RuntimeError(f"forward-mode AD is not supported by {NAMESPACE}::{name}")
+        return kernel(*args, **kwargs)
+
+    return guard
+
+
+LIBRARY = _Library(NAMESPACE, "FRAGMENT")
 
 
 @dataclass

@@ -47,6 +47,10 @@ def test_env_and_selftest_print_every_op(capsys):
     assert code == 0 and "passed" in out and "failed" not in out
 
 
+def test_version_is_printed(capsys):
+    assert run(capsys, "--version") == (0, f"nemokernels {nemokernels.__version__}\n", "")
+
+
 def test_help_reads_without_a_model(capsys):
     for command in ((), ("train",), ("generate",), ("demo",)):
         with pytest.raises(SystemExit) as stop:

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-import nemokernels  # noqa: F401  (registers the operators)
+import nemokernels
 from nemokernels import _backends, _selftest, use_backend
 from nemokernels._registry import FAMILIES
 
@@ -121,6 +122,30 @@ def test_double_backward_raises(name):
     assert live
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         sum(g.float().square().sum() for g in live).backward()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_forward_mode_raises(name):
+    args = example(name)
+    with forward_ad.dual_level():
+        dual = tree_map(
+            lambda t: (
+                forward_ad.make_dual(t, torch.ones_like(t))
+                if isinstance(t, torch.Tensor) and t.is_floating_point() and t.element_size() > 1
+                else t
+            ),
+            args,
+        )
+        if all(forward_ad.unpack_dual(t).tangent is None for t in tensors(dual)):
+            return  # it takes codes and integers alone
+        with pytest.raises(RuntimeError, match="forward-mode AD is not supported"):
+            OPERATORS[name].overload(*dual)
+
+
+def test_forward_mode_of_torch_func_raises():
+    x = torch.ones(2)
+    with pytest.raises(RuntimeError, match="not supported by nemokernels::relu2"):
+        torch.func.jvp(nemokernels.relu2, (x,), (x,))
 
 
 @pytest.mark.parametrize("name", OPERATORS)

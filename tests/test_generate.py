@@ -229,6 +229,7 @@ def test_a_request_without_a_distribution_is_named():
         (dict(prompts=[[1], []]), ValueError, r"`prompts\[1\]` is empty"),
         (dict(prompts=[[12]]), ValueError, r"`prompts\[0\]` holds 12, expected a token below 12"),
         (dict(prompts=[[-1]]), ValueError, r"`prompts\[0\]` holds -1"),
+        (dict(prompts=[5, 6]), TypeError, r"`prompts\[0\]` must be a list of token ids, got int"),
         (dict(prompts=["text"]), TypeError, r"`prompts\[0\]` holds 't'"),
         (dict(max_new_tokens=0), ValueError, "`max_new_tokens` must be at least 1"),
         (dict(max_new_tokens=1.5), TypeError, "`max_new_tokens` must be an int"),

@@ -33,6 +33,24 @@ def test_everything_on_the_cpu_works_without_triton():
     )
 
 
+def test_commands_that_read_no_text_need_no_extra():
+    run(
+        "import sys\n"
+        "for name in ('tokenizers', 'matplotlib', 'PIL', 'transformers', 'triton'):\n"
+        "    sys.modules[name] = None\n"
+        "from nemokernels.train.cli import main\n"
+        "assert main(['env']) == 0 and main(['models', 'Nemotron-H-8B']) == 0\n"
+        "assert main(['generate', '.', '--prompt', 'x']) == 2\n"
+    )
+
+
+def test_types_are_declared():
+    run(
+        "from importlib import resources\n"
+        "assert (resources.files('nemokernels') / 'py.typed').is_file()\n"
+    )
+
+
 def test_import_is_cheap_beside_torch():
     """Best of three, in processes whose files are already cached."""
     code = (

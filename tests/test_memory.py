@@ -129,7 +129,7 @@ def test_gpus(total, gpu, reserve, count):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="`gpu` must be above 0"):
+    with pytest.raises(ValueError, match="a GPU must have memory, got 0 bytes"):
         gpus_needed(1, 0)
     with pytest.raises(ValueError, match="`reserve` must be from 0 to below 1, got 1"):
         gpus_needed(1, 1, reserve=1)

@@ -38,8 +38,13 @@ def test_names_and_dtypes():
     assert {t.dtype for t in state.values()} == {torch.float32, torch.bfloat16}
 
 
+def test_runs_on_meta():
+    model = build(hybrids.config("ME*"), device="meta")
+    assert model(torch.zeros(1, 5, dtype=torch.int64, device="meta")).shape[:2] == (1, 5)
+
+
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="no variant 'nano'; there are Nemotron 3 Nano 30B"):
+    with pytest.raises(ValueError, match="no variant 'nano'; did you mean Nemotron 3 Nano 30B"):
         build("nano")
     with pytest.raises(TypeError, match="`name_or_config` must be a variant's name or a"):
         build(3)

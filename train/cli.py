@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+import nemokernels
 from nemokernels.bench.commands import bench
 from nemokernels.models import CheckpointError, ConfigError
 from nemokernels.train import report
@@ -71,12 +72,17 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 on success, 1 if a check failed, 2 after an error of the user's."""
+    args = sys.argv[1:] if argv is None else argv
+    if list(args) == ["--version"]:
+        print(f"nemokernels {nemokernels.__version__}")
+        return 0
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="nemokernels",
             description="Fused GPU primitives for NVIDIA's Nemotron models.",
-            args=argv,
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
     except USER_ERRORS as error:
         print(f"nemokernels: {error}", file=sys.stderr)

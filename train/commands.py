@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from tokenizers import Tokenizer
 
 from nemokernels._backends import default_device
 from nemokernels.models import (
@@ -33,9 +33,12 @@ from nemokernels.models import (
     vision_prompt,
 )
 from nemokernels.models import generate as generate_tokens
-from nemokernels.train.data import Batches, Corpus, DataError, read_texts, text_files
+from nemokernels.train.data import Batches, Corpus, DataError, read_texts, text_files, tokenizers
 from nemokernels.train.log import Log, plot
 from nemokernels.train.trainer import Settings, Trainer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Unprefixed = tyro.conf.OmitArgPrefixes
 
@@ -44,12 +47,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json.
 
     Raises:
-        DataError: it is missing or not a tokenizer.
+        DataError: it is missing or not a tokenizer, or tokenizers is not installed.
     """
+    package = tokenizers().Tokenizer
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file")
     try:
-        return Tokenizer.from_file(str(path))
+        return package.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
 
@@ -103,7 +107,10 @@ def fit(
     trainer.export(out / "model")
     if first:
         tokenizer.save(str(out / "model" / "tokenizer.json"))
-        plot(log.reports, out / "loss.png")
+        if importlib.util.find_spec("matplotlib") is None:
+            Console().print("no loss curve: matplotlib is not installed", highlight=False)
+        else:
+            plot(log.reports, out / "loss.png")
     if dist.is_initialized():
         dist.destroy_process_group()
     return log.reports

@@ -10,10 +10,13 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PAD, BOS, EOS = 0, 1, 2  # the ids Nemotron configurations use
 IGNORE = -100
@@ -23,6 +26,19 @@ _SKIPPED_STDLIB = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__py
 
 class DataError(ValueError):
     """The given text cannot be trained on; the message names the file and the reason."""
+
+
+def tokenizers() -> ModuleType:
+    """The package, imported on first use: the commands that read no text do without it.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError("text needs tokenizers; pip install 'nemokernels[train]'") from None
+    return tokenizers
 
 
 def standard_library(limit_bytes: int = 6_000_000) -> list[Path]:
@@ -81,13 +97,14 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE (any text round-trips) with ``<pad> <s> </s>`` as ids 0, 1, 2."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    hf = tokenizers()
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
