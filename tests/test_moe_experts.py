@@ -273,3 +273,17 @@ def test_bad_input(change, error, message):
     args |= {k: v for k, v in change.items() if k in args}
     with pytest.raises(error, match="moe_experts: " + message):
         moe_experts(**args)
+
+
+@pytest.mark.parametrize("part, values, message", [
+    ("offsets", [1, 9, 4], "`route.offsets` must not decrease and end at 4, got "),
+    ("offsets", [1, 2, 3], "`route.offsets` must not decrease and end at 4, got "),
+    ("offsets", [-1, 2, 4], "`route.offsets` must not decrease and end at 4, got "),
+    ("order", [0, 1, 2, 4], "`route.order` has slots outside 0 to 3"),
+    ("order", [0, -1, 2, 3], "`route.order` has slots outside 0 to 3"),
+])  # fmt: skip
+def test_a_route_that_is_none_is_refused(part, values, message):
+    route = moe_route(torch.zeros(2, 3), top_k=2)
+    route = route._replace(**{part: torch.tensor(values, dtype=torch.int32)})
+    with pytest.raises(ValueError, match="moe_experts: " + message):
+        moe_experts(X, UP, DOWN, route)

@@ -49,7 +49,8 @@ def moe_experts(
             or :class:`FP8Experts`, or :class:`NVFP4Experts`.
         down: (E, X, F), as ``up``.
         route: what ``moe_route`` returned for these tokens. Its offsets must not decrease and its
-            order must hold each slot once: on a GPU they are not read back to be checked.
+            order must hold each slot once. On a GPU they are not read back to be checked; a
+            route that is none gives wrong results there, within bounds.
 
     Returns:
         y (T, X) in x's dtype.

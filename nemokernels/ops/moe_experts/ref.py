@@ -28,7 +28,7 @@ def forward(
     order: torch.Tensor,
 ):
     """y_t = sum_j w_tj * down_e relu(up_e x_t)**2, e the j-th choice of t. Returns y and hidden."""
-    acc, slot = acc_dtype(x), order.long()
+    acc, slot = acc_dtype(x), slots_of(offsets, order)
     rows = x[slot // weights.shape[1]].to(acc)
     hidden = x.new_empty(slot.numel(), up.shape[1])
     out = x.new_empty(slot.numel(), x.shape[1])  # in slot order
@@ -93,7 +93,7 @@ def forward_fp8(
     relu(.)**2 * (1 / hidden_scale), saturated at 448 and rounded once. Rows that leave the down
     projection, and y, are rounded to ``dtype``.
     """
-    acc, slot = acc_dtype(weights), order.long()
+    acc, slot = acc_dtype(weights), slots_of(offsets, order)
     x, up, down = (t.view(torch.float8_e4m3fn) for t in (x, up, down))
     token = slot // weights.shape[1]
     row_scale = x_scale.to(acc).reshape(-1, 1).expand(x.shape[0], 1)
@@ -105,6 +105,18 @@ def forward_fp8(
         rows = linear(hidden.to(acc), down[e].to(acc)) * down_scale[e].to(acc) * scale
         out[slot[r]] = rows.to(dtype)
     return slot_sum(out.view(*weights.shape, x.shape[1]), weights)
+
+
+def slots_of(offsets: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """``order`` in int64. Raises ValueError where these are no route."""
+    ends, rows = [0, *offsets.tolist()], order.numel()
+    if ends != sorted(ends) or ends[-1] != rows:
+        where = "moe_experts: `route.offsets` must not decrease and end at"
+        raise ValueError(f"{where} {rows}, got {ends[1:]!s:.99}")
+    slot = order.long()
+    if rows and not (0 <= slot.min() and slot.max() < rows):
+        raise ValueError(f"moe_experts: `route.order` has slots outside 0 to {rows - 1}")
+    return slot
 
 
 def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:

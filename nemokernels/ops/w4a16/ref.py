@@ -99,7 +99,7 @@ def experts(
     """y of moe_experts' reference with expert matrices up (E, width, X) and down (E, X, width) in
     tiles and a global scale per expert each. Rounded to x's dtype are hidden and the rows that
     leave the down projection."""
-    acc, slot = acc_dtype(x), order.long()
+    acc, slot = acc_dtype(x), moe.slots_of(offsets, order)
     rows = x[slot // weights.shape[1]].to(acc)
     out = x.new_empty(slot.numel(), x.shape[1])  # in slot order
     for e, r in moe.segments(offsets):
