@@ -129,11 +129,14 @@ def _unless_padded(function: Callable) -> Callable:
 
 
 def _telling_of_padding(forward: Callable) -> Callable:
-    # A mixer's extra keywords reach the fused function; the other functions drop them.
+    # A mixer's extra keywords reach the fused function; the other functions drop them. What stands
+    # before the mask is named differently from release to release.
+    place = list(inspect.signature(forward).parameters).index("attention_mask")
+
     @functools.wraps(forward)
-    def with_padding(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        padded = attention_mask is not None
-        return forward(self, hidden_states, cache_params, attention_mask, padded=padded, **kwargs)
+    def with_padding(*args, **kwargs):
+        mask = args[place] if len(args) > place else kwargs.get("attention_mask")
+        return forward(*args, padded=mask is not None, **kwargs)
 
     return with_padding
 

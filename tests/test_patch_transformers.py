@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from nemokernels import patch_transformers
+from nemokernels import patch, patch_transformers
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.bamba import modeling_bamba  # noqa: E402
@@ -264,3 +264,14 @@ def test_a_cached_step_refuses_to_record_a_gradient(built):
         cache = {key: out[key] for key in ("past_key_values", "cache_params") if key in out}
         with pytest.raises(RuntimeError, match="no_grad"):
             model(tokens(1, 1), use_cache=True, **cache)
+
+
+def test_padding_is_seen_whatever_the_cache_is_called():
+    """cache_params in transformers 5.23, cache in 5.24."""
+
+    def forward(self, hidden_states, cache=None, attention_mask=None, **kwargs):
+        return cache, kwargs["padded"]
+
+    call = patch._telling_of_padding(forward)
+    assert call(None, 1, cache=2, attention_mask=3) == (2, True)
+    assert call(None, 1, 2, 3) == (2, True) and call(None, 1, 2) == (2, False)
