@@ -78,7 +78,7 @@ def test_train_then_generate(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["generate", "/absent", "--prompt", "x"], "/absent"),
+        (["generate", "/absent", "--prompt", "x"], "/absent: no such folder"),
         (["generate", "{f}/model", "--prompt"], "--prompt names no text"),
         (["train", "--model", "/absent.json", "--data", "{f}/text.txt", "--out", "{t}/o",
           "--steps", "1"], "tokenizer"),

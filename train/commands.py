@@ -238,6 +238,8 @@ def generate(
     for option, given in (("--video-fps", video_fps), ("--video-pruning-rate", video_pruning_rate)):
         if given is not None and not video:
             raise DataError(f"{option} is about a --video, and there is none")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = from_pretrained(folder, device=default_device())
     configs = (model.config, getattr(model.config, "llm_config", model.config))
