@@ -200,6 +200,7 @@ for short, tokens in (("nano3", (1, 8, 64, 1024, 16384)), ("super3", (1, 64, 163
         if T == 16384:
             ROWS.append(LAYER.row(f"{short} {T}", cost=cost.forward(*counted), goal=0.75,
                                   quick=short == "nano3", **shape))  # fmt: skip
+            ROWS.append(LAYER.row(f"{short} {T}", "both", cost=cost.both(*counted), **shape))
         if (short, T) in (("nano3", 16384), ("nano3", 1024)):
             ROWS.append(BACKWARD.row(f"{short} {T}", "backward", cost=cost.backward(*counted),
                                      quick=T == 16384, **shape))  # fmt: skip

@@ -146,6 +146,9 @@ def test_experts_by_hand():
     backward = experts.backward(3, 4, 5, 2, 3, **BF16)
     assert backward.bytes == 3 * 24 + 6 * 5 * 2 + 4 * 3 * 20 * 2 + 4 * 6 * 4
     assert backward.flops == 2 * forward.flops
+    both = experts.both(3, 4, 5, 2, 3, **BF16)
+    assert both.bytes == forward.bytes + backward.bytes + 6 * 5 * 2
+    assert both.flops == 3 * forward.flops
 
 
 def test_cross_entropy_by_hand():

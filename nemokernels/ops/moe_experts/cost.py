@@ -21,3 +21,10 @@ def backward(T: int, X: int, F: int, k: int, touched: float, itemsize: int, unit
     """x, dy, hidden and the matrices read; dx and the matrices' gradients written."""
     moved = (3 * T * X + T * k * F + 4 * touched * X * F) * itemsize + 16 * T * k
     return Cost(moved, 8 * T * k * X * F, unit)
+
+
+def both(T: int, X: int, F: int, k: int, touched: float, itemsize: int, unit: str) -> Cost:
+    """A forward, which also writes hidden for its backward, and that backward."""
+    sizes = T, X, F, k, touched, itemsize, unit
+    ahead, back = forward(*sizes), backward(*sizes)
+    return Cost(ahead.bytes + T * k * F * itemsize + back.bytes, ahead.flops + back.flops, unit)
