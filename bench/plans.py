@@ -42,7 +42,7 @@ def watched(change: Callable[[str, object], object] | None = None) -> Iterator[l
         return planned
 
     for name, module in list(sys.modules.items()):
-        if not name.startswith("nemokernels.ops.") or not name.endswith(".op"):
+        if not re.fullmatch(r"nemokernels\.ops\.\w+\.(\w+_)?op", name):
             continue
         for attribute in [a for a in vars(module) if re.fullmatch(r"_?plan(_\w+)?", a)]:
             originals.append((module, attribute, getattr(module, attribute)))

@@ -290,6 +290,15 @@ def test_every_op_with_kernels_plans_where_the_bench_looks(family):
     assert mine and all(any(name.startswith("plan") for name in vars(m)) for m in mine)
 
 
+def test_no_plan_escapes_the_bench():
+    """Else its kernel would be held to itself where the reference is meant."""
+    modules = [m for n, m in sys.modules.items() if n.startswith("nemokernels.ops.")]
+    with_plans = [(m, vars(m)["plan"]) for m in modules if "plan" in vars(m)]
+    assert len(with_plans) >= 18
+    with plans.watched():
+        assert [m.__name__ for m, plan in with_plans if m.plan is plan] == []
+
+
 # Plans
 
 
