@@ -74,10 +74,15 @@ def test_inputs_are_the_same_every_time_and_left_alone(row):
         assert torch.equal(check.as_bytes(before), check.as_bytes(after))
 
 
-def test_pieces_of_the_scan_are_the_whole():
-    from nemokernels.bench import bench_mixer, bench_ssd
+def test_pieces_are_the_whole(monkeypatch):
+    from nemokernels.bench import bench_causal_conv1d, bench_mixer, bench_ssd
 
-    for module, subject in ((bench_ssd, bench_ssd.SSD), (bench_mixer, bench_mixer.MIXER)):
+    monkeypatch.setattr(bench_causal_conv1d, "PIECE", 6)
+    for module, subject in (
+        (bench_ssd, bench_ssd.SSD),
+        (bench_mixer, bench_mixer.MIXER),
+        (bench_causal_conv1d, bench_causal_conv1d.CONV),
+    ):
         inputs = subject.inputs(Make(CPU, torch.float64), **subject.tiny)
         pairs = zip(check.tensors(module.exact(**inputs)), check.tensors(subject.ours(**inputs)))
         for piece, whole in pairs:
