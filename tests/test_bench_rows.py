@@ -75,13 +75,15 @@ def test_inputs_are_the_same_every_time_and_left_alone(row):
 
 
 def test_pieces_are_the_whole(monkeypatch):
-    from nemokernels.bench import bench_causal_conv1d, bench_mixer, bench_ssd
+    from nemokernels.bench import bench_causal_conv1d, bench_mixer, bench_moe_experts, bench_ssd
 
     monkeypatch.setattr(bench_causal_conv1d, "PIECE", 6)
+    monkeypatch.setattr(bench_moe_experts, "PIECE", 10)
     for module, subject in (
         (bench_ssd, bench_ssd.SSD),
         (bench_mixer, bench_mixer.MIXER),
         (bench_causal_conv1d, bench_causal_conv1d.CONV),
+        (bench_moe_experts, bench_moe_experts.FORWARD),
     ):
         inputs = subject.inputs(Make(CPU, torch.float64), **subject.tiny)
         pairs = zip(check.tensors(module.exact(**inputs)), check.tensors(subject.ours(**inputs)))
