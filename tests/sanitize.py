@@ -33,12 +33,20 @@ def run(fuzzed, device, call):
 def main(families):
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; none here")
+    device, ran = torch.device("cuda"), False
     for fuzzed in fuzz.FUZZED:
-        for backend in FAMILIES[fuzzed.family].backends:
-            if not families or fuzzed.family in families:
-                with use_backend(fuzzed.family, backend, "cuda"):
-                    run(fuzzed, torch.device("cuda"), lambda o, args: o.overload(*args))
+        for backend, reason in FAMILIES[fuzzed.family].backends.items():
+            if families and fuzzed.family not in families:
+                continue
+            if why := reason(device):
+                print(f"NOT RUN: {fuzzed.name} by {backend}: {why}")
+                continue
+            ran = True
+            with use_backend(fuzzed.family, backend, device):
+                run(fuzzed, device, lambda o, args: o.overload(*args))
     torch.cuda.synchronize()
+    if not ran:
+        sys.exit(f"nothing ran of {families or 'all'}")
 
 
 if __name__ == "__main__":
