@@ -207,12 +207,12 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dfinal, _dscanned, _drstd):
-        inputs, sizes = ctx.saved_tensors[:10], ctx.sizes
+        saved, sizes = ctx.saved_tensors, ctx.sizes  # once: recomputation allows no second time
         grads = mamba_mixer_backward(
-            dout, dfinal, *ctx.saved_tensors, sizes.heads, sizes.headdim, sizes.groups, ctx.silu,
+            dout, dfinal, *saved, sizes.heads, sizes.headdim, sizes.groups, ctx.silu,
             ctx.before, *ctx.options,
         )  # fmt: skip
-        grads = (None if t is None else grad for t, grad in zip(inputs, grads))
+        grads = (None if t is None else grad for t, grad in zip(saved, grads))
         return *grads, *[None] * 6
 
 
