@@ -19,6 +19,13 @@ def offset64(index, stride):
 
 
 @triton.jit
+def row_offset(row, stride, ROWS: tl.constexpr):
+    """Offset of a row. ROWS divides the stride, which the product tells the compiler (a hint by
+    tl.multiple_of does not): see _triton.row_divisor."""
+    return offset64(row, stride // ROWS) * ROWS
+
+
+@triton.jit
 def offset_of(i, j, k, strides):
     """Offset of element [i, j, k], which broadcast, from the strides of a tensor's first axes."""
     return offset64(i, strides[0]) + offset64(j, strides[1]) + offset64(k, strides[2])
@@ -89,7 +96,7 @@ def e4m3_value(code):
     return tl.where(code > 127, -value, value)
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "width", "stride"])
 def clear_outside_kernel(
     x_ptr, bounds_ptr, T, S, width, stride, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -118,7 +125,7 @@ def clear_outside(x: torch.Tensor, bounds: torch.Tensor) -> None:
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def column_sum_kernel(
     partial_ptr, out_ptr, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

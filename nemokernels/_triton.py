@@ -116,6 +116,16 @@ def row_stride(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
+def row_divisor(*tensors: torch.Tensor | None) -> int:
+    """16 if it divides the strides of rows and tokens of all tensors (B, T, ...), else 1.
+
+    Kernels get it as a constant, and the strides of rows unspecialised: rows are as far apart as
+    they are long, and Triton would compile anew for a length that happens to be divisible by 16.
+    """
+    strides = [s for t in tensors if t is not None for s in t.stride()[t.shape[0] == 1 : 2]]
+    return 1 if any(s % 16 for s in strides) else 16
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()

@@ -9,6 +9,7 @@ import sys
 
 import fuzz
 import torch
+from fuzz_draw import Draw
 
 from nemokernels import use_backend
 from nemokernels._registry import FAMILIES
@@ -27,7 +28,7 @@ def run(fuzzed, device, call):
     for n in range(PROBLEMS):
         options = every[n * len(every) // PROBLEMS]
         print(fuzzed.name, options)
-        fuzzed.problem(fuzz.Draw(n, 150, device), judge, **options)
+        fuzzed.problem(Draw(n, 150, device), judge, **options)
 
 
 def main(families):

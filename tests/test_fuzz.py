@@ -4,6 +4,7 @@ import fuzz
 import pytest
 import sanitize
 import torch
+from fuzz_draw import Draw
 
 from nemokernels import _backends, _triton, use_backend
 from nemokernels._registry import FAMILIES
@@ -46,7 +47,7 @@ def test_every_specialisation_gets_its_share(fuzzed):
     shapes = [[], []]
     for seen in shapes:
         judge = lambda operator, *args, seen=seen: _record(seen, operator, args)  # noqa: E731
-        fuzzed.problem(fuzz.Draw(3, 20, torch.device("cpu")), judge, **fuzzed.specialisations[0])
+        fuzzed.problem(Draw(3, 20, torch.device("cpu")), judge, **fuzzed.specialisations[0])
     assert shapes[0] == shapes[1] and shapes[0]
 
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import column_sum, offset64, sigmoid
-from nemokernels._triton import cdiv, contiguous
+from nemokernels._tl import column_sum, offset64, row_offset, sigmoid
+from nemokernels._triton import cdiv, contiguous, row_divisor
 
 
 @triton.jit
@@ -96,14 +96,14 @@ def _ids(ids_ptr, t, live, stride_ids_t, HAS_IDS: tl.constexpr):
     return own_id, live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "stride_x_b", "stride_ids_b"])
 def conv1d_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, initial_ptr, ids_ptr, owner_ptr, bounds_ptr, y_ptr, T, D,
     stride_x_b, stride_x_t, stride_weight_d, stride_weight_w, stride_initial_s, stride_initial_w,
     stride_ids_b, stride_ids_t,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr,
-    PACKED: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(D, BLOCK_D)
     blocks = tl.cdiv(T, BLOCK_T)
@@ -111,7 +111,7 @@ def conv1d_forward_kernel(
     row = tl.program_id(0) // columns // blocks
     t = tl.program_id(0) // columns % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = channel < D
-    x_ptr += offset64(row, stride_x_b)
+    x_ptr += row_offset(row, stride_x_b, ROWS)
     first_id = 0
     if HAS_IDS:
         ids_ptr += offset64(row, stride_ids_b)
@@ -154,15 +154,15 @@ def _gradient(
     return tl.where(mask, dv, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "stride_dy_b", "stride_x_b", "stride_ids_b"])
 def conv1d_backward_kernel(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, ids_ptr, owner_ptr, bounds_ptr,
-    dx_ptr, partial_ptr, T, D, CHUNK, stride_dx_b, stride_dx_t, stride_dy_b, stride_dy_t,
-    stride_x_b, stride_x_t, stride_weight_d, stride_weight_w, stride_initial_s, stride_initial_w,
+    dx_ptr, partial_ptr, T, D, CHUNK, stride_dx_t, stride_dy_b, stride_dy_t, stride_x_b,
+    stride_x_t, stride_weight_d, stride_weight_w, stride_initial_s, stride_initial_w,
     stride_ids_b, stride_ids_t,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_FINAL: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of tokens, and its part of dweight and dbias as a row of ``partial``."""
     columns = tl.cdiv(D, BLOCK_D)
@@ -171,8 +171,8 @@ def conv1d_backward_kernel(
     part = tl.program_id(0) // columns
     row, chunk = part // chunks, part % chunks
     inside = channel < D
-    dy_ptr += offset64(row, stride_dy_b)
-    x_ptr += offset64(row, stride_x_b)
+    dy_ptr += row_offset(row, stride_dy_b, ROWS)
+    x_ptr += row_offset(row, stride_x_b, ROWS)
     first_id, last_id = 0, 0
     if HAS_IDS:
         ids_ptr += offset64(row, stride_ids_b)
@@ -221,7 +221,7 @@ def conv1d_backward_kernel(
                 mask=carried[:, None] & inside[None, :],
                 other=0.0,
             ).to(tl.float32)
-        at = (offset64(row, stride_dx_b) + offset64(t, stride_dx_t))[:, None] + channel[None, :]
+        at = offset64(offset64(row, T) + t, stride_dx_t)[:, None] + channel[None, :]
         mask = (t < T)[:, None] & inside[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     at = offset64(offset64(part, W + 1) + tap, D)[:, None] + channel[None, :]
@@ -237,13 +237,14 @@ def _bounds(sequence, T, bounds_ptr, PACKED: tl.constexpr):
         return sequence, 0, T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "stride_dy_b", "stride_x_b", "stride_ids_b"])
 def conv1d_initial_gradient_kernel(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, ids_ptr, bounds_ptr,
     dinitial_ptr, T, D, stride_dy_b, stride_dy_t, stride_x_b, stride_x_t, stride_weight_d,
     stride_weight_w, stride_initial_s, stride_initial_w, stride_ids_b, stride_ids_t,
     HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FINAL: tl.constexpr,
-    PACKED: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of the history of one sequence: through its first W - 1 tokens, and, where it is shorter,
     through its final state."""
@@ -252,8 +253,8 @@ def conv1d_initial_gradient_kernel(
     sequence = tl.program_id(0) // columns
     inside = channel < D
     row, begin_of, end_of = _bounds(sequence, T, bounds_ptr, PACKED)
-    dy_ptr += offset64(row, stride_dy_b)
-    x_ptr += offset64(row, stride_x_b)
+    dy_ptr += row_offset(row, stride_dy_b, ROWS)
+    x_ptr += row_offset(row, stride_x_b, ROWS)
     i = tl.arange(0, 4)
     t = begin_of + i
     live = (i < W - 1) & (t < end_of)
@@ -289,11 +290,12 @@ def conv1d_initial_gradient_kernel(
         tl.store(dinitial_ptr + at, total.to(dinitial_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "stride_x_b", "stride_ids_b"])
 def conv1d_states_kernel(
     x_ptr, initial_ptr, ids_ptr, bounds_ptr, states_ptr, T, D, entries, stride_x_b, stride_x_t,
     stride_initial_s, stride_initial_w, stride_ids_b, stride_ids_t,
-    HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_IDS: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The last ``entries`` inputs of a sequence, its history counted among them."""
     columns = tl.cdiv(D, BLOCK_D)
@@ -301,7 +303,7 @@ def conv1d_states_kernel(
     sequence = tl.program_id(0) // columns
     inside = channel < D
     row, begin, end = _bounds(sequence, T, bounds_ptr, PACKED)
-    x_ptr += offset64(row, stride_x_b)
+    x_ptr += row_offset(row, stride_x_b, ROWS)
     first_id, last_id = 0, 0
     if HAS_IDS:
         ids_ptr += offset64(row, stride_ids_b)
@@ -328,7 +330,7 @@ def conv1d_states_kernel(
         tl.store(states_ptr + to, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "S"])
 def conv1d_update_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, lengths_ptr, slots_ptr, accepted_ptr, y_ptr, T, D, L, S,
     stride_x_b, stride_x_t, stride_state_s, stride_state_d, stride_state_l, stride_weight_d,
@@ -431,18 +433,19 @@ def forward(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, final, *
             *weight.stride(), *_strides(initial), *_strides(seq_idx),
             HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
             HAS_IDS=seq_idx is not None, PACKED=bounds is not None, SILU=silu,
-            W=weight.shape[1], BLOCK_T=config.block_t, BLOCK_D=config.block_d,
+            W=weight.shape[1], ROWS=row_divisor(x), BLOCK_T=config.block_t, BLOCK_D=config.block_d,
             num_warps=config.num_warps,
         )  # fmt: skip
     sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = x.new_empty(sequences if final else 0, weight.shape[1] - 1, dim)
-    _states(x, seq_idx if tokens else None, initial, bounds, states, config)
+    _states(x, seq_idx, initial, bounds, states, config)
     return y, states
 
 
 def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, *, config,
              dx=None):  # fmt: skip
-    """As ref.backward; ``dx``, if given, is written to: channel-last, its rows may lie apart."""
+    """As ref.backward; ``dx``, if given, is written to: channel-last, its tokens may lie apart, at
+    one distance in all rows."""
     x, dy, initial = _channel_last(x), _channel_last(dy), _channel_last(initial_states)
     (rows, tokens, dim), width = x.shape, weight.shape[1]
     dense_bias, bounds, owner = contiguous(bias), contiguous(cu_seqlens), _owner(tokens, cu_seqlens)
@@ -453,20 +456,22 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, cu_seqlens, s
     parts = rows * cdiv(tokens, config.chunk)
     partial = x.new_empty(parts, width + 1, dim, dtype=torch.float32)
     columns = cdiv(dim, config.block_d)
-    seq_idx = seq_idx if tokens else None
     given = (weight, dense_bias, initial, seq_idx)
     strides = (*dy.stride()[:2], *x.stride()[:2], *weight.stride(), *_strides(initial),
                *_strides(seq_idx))  # fmt: skip
     flags = dict(HAS_BIAS=bias is not None, HAS_IDS=seq_idx is not None,
                  HAS_FINAL=final is not None, PACKED=bounds is not None, SILU=silu, W=width,
-                 BLOCK_D=config.block_d, num_warps=config.num_warps)  # fmt: skip
+                 ROWS=row_divisor(x, dy), BLOCK_D=config.block_d,
+                 num_warps=config.num_warps)  # fmt: skip
     if parts * columns:
         conv1d_backward_kernel[(parts * columns,)](
             dy, final, x, *given, owner, bounds, dx, partial, tokens, dim, config.chunk,
-            *dx.stride()[:2], *strides, HAS_INITIAL=initial is not None,
+            dx.stride(1), *strides, HAS_INITIAL=initial is not None,
             BLOCK_T=config.block_t, **flags,
         )  # fmt: skip
-    if dinitial.numel():
+    if dinitial.numel() and not tokens:
+        dinitial.copy_(0 if final is None else final)
+    elif dinitial.numel():
         conv1d_initial_gradient_kernel[(sequences * columns,)](
             dy, final, x, *given, bounds, dinitial, tokens, dim, *strides, **flags
         )
@@ -512,12 +517,14 @@ def varlen_states(x, cu_seqlens, state_len, *, config):
 def _states(x, seq_idx, initial, bounds, states, config):
     sequences, entries, dim = states.shape
     grid = (sequences * cdiv(dim, config.block_d),)
-    if grid[0]:
+    if grid[0] and not x.shape[1]:
+        states.copy_(0 if initial is None else initial)
+    elif grid[0]:
         conv1d_states_kernel[grid](
             x, initial, seq_idx, bounds, states, x.shape[1], dim, entries, *x.stride()[:2],
             *_strides(initial), *_strides(seq_idx), HAS_INITIAL=initial is not None,
-            HAS_IDS=seq_idx is not None, PACKED=bounds is not None, BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            HAS_IDS=seq_idx is not None, PACKED=bounds is not None, ROWS=row_divisor(x),
+            BLOCK_D=config.block_d, num_warps=config.num_warps,
         )  # fmt: skip
 
 

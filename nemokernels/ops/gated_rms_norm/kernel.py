@@ -39,7 +39,7 @@ def scale_shift(v, rstd, weight_ptr, bias_ptr, column, inside, HAS_BIAS: tl.cons
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gated_rms_norm_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -75,7 +75,7 @@ def gated_rms_norm_forward_kernel(
     tl.store(rstd_ptr + offset64(row, groups) + group, rstd, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gated_rms_norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -184,14 +184,14 @@ def backward(dy, x, weight, bias, z, rstd, group_size, norm_before_gate, config,
     dx = x.new_empty(x.shape)
     if dz is None:
         dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
-    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    dweight = weight.new_empty(weight.shape)
-    if not groups:
+    dbias = x.new_zeros(0) if bias is None else bias.new_zeros(bias.shape)
+    dweight = weight.new_zeros(weight.shape)
+    if not x.numel():
         return dx, dweight, dbias, dz
     dy, x, z = as_rows(dy), as_rows(x), as_rows(z)
     dz_rows = dz if z is None else dz.view(z.shape)
     rows = x.shape[0]
-    programs = min(config.programs, max(cdiv(rows, config.rows), 1))
+    programs = min(config.programs, cdiv(rows, config.rows))
     partial = x.new_empty(1 if bias is None else 2, programs, width, dtype=torch.float32)
     gated_rms_norm_backward_kernel[(programs * groups,)](
         dy, x, contiguous(weight), contiguous(bias), z, rstd.contiguous(), dx, dz_rows, partial[0],

@@ -48,7 +48,7 @@ def wide_rstd(
     return tl.rsqrt(tl.sum(square, 1) / width + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -113,7 +113,7 @@ def _store_gradients(
         tl.store(dx_ptr + out_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
     dy_ptr,
     dtotal_ptr,
@@ -202,7 +202,7 @@ def rms_norm_dx_wide_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_dweight_wide_kernel(
     dy_ptr,
     x_ptr,
@@ -278,7 +278,9 @@ def _forward(x, residual, weight, eps, config):
 def _backward(dy, dtotal, x, weight, rstd, dx, dresidual, config):
     x, dy, dtotal = as_rows(x), as_rows(dy), as_rows(dtotal)
     rows, width = x.shape
-    programs = min(config.programs, max(cdiv(rows, config.rows), 1))
+    if not rows:
+        return weight.new_zeros(weight.shape)
+    programs = min(config.programs, cdiv(rows, config.rows))
     partial = x.new_empty(programs, width, dtype=torch.float32)
     dtotal_stride = row_stride(dtotal)
     flags = dict(HAS_RESIDUAL=dtotal is not None, HAS_DX=dx is not None)
@@ -290,11 +292,10 @@ def _backward(dy, dtotal, x, weight, rstd, dx, dresidual, config):
             STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip
     else:
-        if rows:
-            rms_norm_dx_wide_kernel[(rows,)](
-                dy, dtotal, x, weight, rstd, dx, dresidual, width, dy.stride(0), dtotal_stride,
-                x.stride(0), **flags, BLOCK=config.block, num_warps=config.num_warps,
-            )  # fmt: skip
+        rms_norm_dx_wide_kernel[(rows,)](
+            dy, dtotal, x, weight, rstd, dx, dresidual, width, dy.stride(0), dtotal_stride,
+            x.stride(0), **flags, BLOCK=config.block, num_warps=config.num_warps,
+        )  # fmt: skip
         rms_norm_dweight_wide_kernel[(programs, cdiv(width, 256))](
             dy, x, rstd, partial, rows, width, dy.stride(0), x.stride(0), BLOCK_ROWS=config.rows,
             BLOCK=256, num_warps=4,

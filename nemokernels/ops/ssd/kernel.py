@@ -9,7 +9,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemokernels._tl import clear_outside
-from nemokernels._triton import Specialisation, cdiv, contiguous, next_power_of_2
+from nemokernels._triton import Specialisation, cdiv, contiguous, next_power_of_2, row_divisor
 from nemokernels.ops.ssd import kernel_backward as backward_kernels
 from nemokernels.ops.ssd import kernel_forward as forward_kernels
 from nemokernels.ops.ssd.chunks import fill_forward, packed_places
@@ -44,6 +44,7 @@ class Layout:
     BLOCK_P: int
     BLOCK_N: int
     TMA: bool
+    ROWS: int  # divides the strides of rows and of tokens: 16 or 1
 
     @property
     def blocks(self) -> int:
@@ -57,7 +58,8 @@ class Layout:
     def tiles(self) -> dict:
         sizes = {"P": self.P, "N": self.N, "L": self.length}
         blocks = {"BLOCK_P": self.BLOCK_P, "BLOCK_N": self.BLOCK_N, "TMA": self.TMA}
-        return {**sizes, **blocks, **self.flags, "HAS_IDS": self.ids is not None}
+        ids = {"HAS_IDS": self.ids is not None}
+        return {**sizes, **blocks, **self.flags, **ids, "ROWS": self.ROWS}
 
     def sums(self, x: torch.Tensor, *shape: int) -> torch.Tensor:
         """Float32 for every chunk; zeros where some may not exist."""
@@ -71,8 +73,11 @@ class Layout:
                 clear_outside(tensor, self.bounds)
 
 
-def layout(x, B, seq_idx, cu_seqlens, *, chunk: int, block_p: int, tma: bool) -> Layout:
-    """``tma``: use it if neither packing nor padding asks for masks. Alignment is not looked at."""
+def layout(x, B, seq_idx, cu_seqlens, *others, chunk: int, block_p: int, tma: bool) -> Layout:
+    """``tma``: use it if neither packing nor padding asks for masks. Alignment is not looked at.
+
+    ``others`` are the further tensors (B, T, ...) that are read, or None.
+    """
     batch, tokens, heads, width = x.shape
     groups, state = B.shape[2:]
     nc = cdiv(tokens, chunk)
@@ -90,6 +95,7 @@ def layout(x, B, seq_idx, cu_seqlens, *, chunk: int, block_p: int, tma: bool) ->
         bounds, first, owner, contiguous(seq_idx), ids,
         min(block_p, max(16, next_power_of_2(width))), max(16, next_power_of_2(state)),
         tma and cu_seqlens is None and seq_idx is None,
+        row_divisor(x, B, *others),
     )  # fmt: skip
 
 
@@ -194,14 +200,15 @@ def forward(
 ):  # fmt: skip
     """As ref.forward; ``config`` is an op.Config."""
     x, B, C = unit_last(x), unit_last(B), unit_last(C)
-    sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.chunk, block_p=config.block_p,
+    sizes = layout(x, B, seq_idx, cu_seqlens, C, z, chunk=config.chunk, block_p=config.block_p,
                    tma=config.tma)  # fmt: skip
     out = x.new_empty(x.shape)
     ungated = x.new_empty(x.shape if z is not None else 0)
     sizes.clear(out, ungated)
     final = x.new_empty(sizes.S, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
     programs = sizes.S * sizes.H * sizes.blocks
-    if programs == 0:
+    if programs * sizes.T == 0:
+        final.copy_(0 if initial_states is None else initial_states)
         return out, final, ungated
     sizes = _settle(sizes, x, B, C, out)
     A, D, dt_bias = _small(A), _small(D), _small(dt_bias)
@@ -231,7 +238,7 @@ def backward(
     distance in all rows.
     """
     x, B, C, dy = unit_last(x), unit_last(B), unit_last(C), unit_last(dout)
-    sizes = layout(x, B, seq_idx, cu_seqlens, chunk=config.span, block_p=config.block_p,
+    sizes = layout(x, B, seq_idx, cu_seqlens, C, z, dy, chunk=config.span, block_p=config.block_p,
                    tma=config.tma)  # fmt: skip
     squares = config.span // config.square  # along one side of a chunk's scores
     S, K, H, P, N, blocks = sizes.S, sizes.K, sizes.H, sizes.P, sizes.N, sizes.blocks
@@ -261,20 +268,22 @@ def backward(
             return whole, ddt, dA.sum(0).to(A.dtype), *rest
         return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, *rest
 
-    if S * H * blocks == 0:
+    if S * H * blocks * sizes.T == 0:
         dA.zero_(), dbias.zero_(), dB.zero_(), dC.zero_(), ddt.zero_()
         if dD is not None:
             dD.zero_()
+        if initial_states is not None:
+            dinitial.copy_(dfinal)
         return results()
     rate, skip, bias = _small(A), _small(D), _small(dt_bias)
     chunk_map = (sizes.seq_idx, sizes.bounds, sizes.first, sizes.owner)
     D_here = D_axes  # where dD is made: with a gate, from the gradient before it is rounded
-    if z is not None and K:
+    if z is not None:
         dy, go, D_here = x.new_empty(x.shape), dy, 0
         backward_kernels.ssd_gate_backward_kernel[(K * squares, H, blocks)](
             go, z, ungated, x, dz, dy, dD, *chunk_map, sizes.T, sizes.NC, S, H, *go.stride()[:3],
-            *x.stride()[:3], *z.stride(), *dz.stride()[:2], P=P, L=config.square, SPAN=config.span,
-            BLOCK_P=sizes.BLOCK_P, D_AXES=D_axes, **sizes.flags, num_warps=4,
+            *x.stride()[:3], *z.stride(), dz.stride(1), P=P, L=config.square, SPAN=config.span,
+            BLOCK_P=sizes.BLOCK_P, D_AXES=D_axes, **sizes.flags, ROWS=sizes.ROWS, num_warps=4,
         )  # fmt: skip
     sizes = _settle(sizes, x, dy, B, C, dx, dB, dC)
     a, b, d = _steps(sizes, x, dt, rate, bias, dt_softplus, dt_min, dt_max, True)
@@ -299,12 +308,10 @@ def backward(
     backward_kernels.ssd_walk_backward_kernel[(S * H * blocks, segments)](
         dys, bs, cs, dxs, skip, start, kept[1], dinitial, a, b, sizes.seq_idx, sizes.ids,
         sizes.bounds, sizes.first, sizes.T, sizes.NC, K, H, H // sizes.G, segment,
-        *dx.stride()[:2], *strides["y"], *strides["b"], *strides["c"], **walked.tiles,
+        dx.stride(1), *strides["y"], *strides["b"], *strides["c"], **walked.tiles,
         SPAN=config.span, D_AXES=D_axes, HAS_INITIAL=initial is not None, TMA_MET=tma_met,
         **_launch(config.walk),
     )  # fmt: skip
-    if K == 0:
-        return results()
 
     # Within each chunk, one program per group: the scores, then B and C.
     chunk_map = (sizes.seq_idx, sizes.ids, sizes.bounds, sizes.first, sizes.owner)
@@ -323,7 +330,7 @@ def backward(
     for source, states, grad, w, of in ((xs, leaving, dBs, r, "x"), (dys, met, dCs, p, "y")):
         backward_kernels.ssd_group_backward_kernel[(K * sizes.G,)](
             source, bs, cs, states, leaving, dscores, grad, w, through, a, d, *chunk_map, *ints,
-            *dB.stride()[:2], *strides[of], *strides["b"], *strides["c"], **sizes.tiles,
+            dB.stride(1), *strides[of], *strides["b"], *strides["c"], **sizes.tiles,
             SQUARE=config.square, OF_C=of == "y", **_launch(config.group),
         )  # fmt: skip
     backward_kernels.ssd_steps_backward_kernel[(K, cdiv(H, HEADS_PER_PROGRAM))](

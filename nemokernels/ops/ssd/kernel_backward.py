@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nemokernels._tl import offset64, sigmoid, softplus
+from nemokernels._tl import offset64, row_offset, sigmoid, softplus
 from nemokernels.ops.ssd.kernel_forward import (
     PRECISION,
     chunk_ids,
@@ -54,9 +54,9 @@ def ssd_gate_backward_kernel(
     dout, z, ungated, x, dz, dy_out, dD, seq_idx, bounds, first, owner,
     T, NC, S, H,
     stride_o_row, stride_o_token, stride_o_head, stride_x_row, stride_x_token, stride_x_head,
-    stride_z_row, stride_z_token, stride_z_head, stride_z_width, stride_dz_row, stride_dz_token,
+    stride_z_row, stride_z_token, stride_z_head, stride_z_width, stride_dz_token,
     P: tl.constexpr, L: tl.constexpr, SPAN: tl.constexpr, BLOCK_P: tl.constexpr,
-    D_AXES: tl.constexpr, HAS_PAD: tl.constexpr, PACKED: tl.constexpr,
+    D_AXES: tl.constexpr, HAS_PAD: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dz, the gradient of the ungated output in x's dtype, and dD from its unrounded value."""
     parts: tl.constexpr = SPAN // L
@@ -67,36 +67,36 @@ def ssd_gate_backward_kernel(
         live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
         q, c = tl.arange(0, L), p0 + tl.arange(0, BLOCK_P)
         go = tile(dout, row, t0, h, p0, live, stride_o_row, stride_o_token, stride_o_head,
-                  P, L, BLOCK_P, False).to(tl.float32)  # fmt: skip
+                  P, L, BLOCK_P, False, ROWS).to(tl.float32)  # fmt: skip
         y = tile(ungated, row, t0, h, p0, live, offset64(T, H * P), H * P, P,
-                 P, L, BLOCK_P, False).to(tl.float32)  # fmt: skip
-        at_z = offset64(row, stride_z_row) + offset64(h, stride_z_head)
+                 P, L, BLOCK_P, False, ROWS).to(tl.float32)  # fmt: skip
+        at_z = row_offset(row, stride_z_row, ROWS) + offset64(h, stride_z_head)
         at_z += offset64(t0 + q, stride_z_token)[:, None] + offset64(c, stride_z_width)[None, :]
         gate = tl.load(z + at_z, mask=live[:, None] & (c < P)[None, :], other=0.0).to(tl.float32)
         sig = sigmoid(gate)
         tokens = t0 + q < end
         grad = go * y * sig * (1.0 + gate * (1.0 - sig))
-        store_tile(dz, grad, row, t0, h, p0, tokens, stride_dz_row, stride_dz_token,
+        store_tile(dz, grad, row, t0, h, p0, tokens, offset64(T, stride_dz_token), stride_dz_token,
                    P, L, BLOCK_P, False)  # fmt: skip
         dy = go * gate * sig
         store_tile(dy_out, dy, row, t0, h, p0, tokens, offset64(T, H * P), H * P,
                    P, L, BLOCK_P, False)  # fmt: skip
         if D_AXES > 0:
             xv = tile(x, row, t0, h, p0, live, stride_x_row, stride_x_token, stride_x_head,
-                      P, L, BLOCK_P, False)  # fmt: skip
+                      P, L, BLOCK_P, False, ROWS)  # fmt: skip
             store_skip_gradient(dD, xv.to(tl.float32) * dy, k, h, p0, H, True, P, BLOCK_P, D_AXES)
 
 
 @jit_for_any_length
 def ssd_walk_backward_kernel(
     dy, B, C, dx, D, dfinal, leaving, dinitial, a_in, b_in, seq_idx, ids, bounds, first,
-    T, NC, K, H, R, SEGMENT, stride_dx_row, stride_dx_token,
+    T, NC, K, H, R, SEGMENT, stride_dx_token,
     stride_y_row, stride_y_token, stride_y_head, stride_b_row, stride_b_token, stride_b_group,
     stride_c_row, stride_c_token, stride_c_group,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, SPAN: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, D_AXES: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
-    TMA_MET: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, TMA_MET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, walking the tiles from last to first with G in registers; stores G of every chunk.
 
@@ -127,11 +127,11 @@ def ssd_walk_backward_kernel(
         t0 = begin + i * L
         live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
         dyv = tile(dy, row, t0, h, p0, live, stride_y_row, stride_y_token, stride_y_head,
-                   P, L, BLOCK_P, TMA)  # fmt: skip
+                   P, L, BLOCK_P, TMA, ROWS)  # fmt: skip
         bv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         a, b = tl.load(a_in + i * L + q), tl.load(b_in + i * L + q)
         a_last = tl.load(a_in + i * L + L - 1)
         a_before = tl.load(a_in + i * L - 1, mask=i % parts > 0, other=0.0)
@@ -160,8 +160,8 @@ def ssd_walk_backward_kernel(
         v = tl.dot(scores.to(dyv.dtype), dyv, v, input_precision=PRECISION)
         if HAS_PAD:
             v = tl.where(live[:, None], v, 0.0)  # also where the state is not finite
-        store_tile(dx, v.to(dyv.dtype), row, t0, h, p0, t0 + q < end, stride_dx_row,
-                   stride_dx_token, P, L, BLOCK_P, TMA)  # fmt: skip
+        store_tile(dx, v.to(dyv.dtype), row, t0, h, p0, t0 + q < end,
+                   offset64(T, stride_dx_token), stride_dx_token, P, L, BLOCK_P, TMA)  # fmt: skip
 
     if HAS_INITIAL:
         if segment == 0:
@@ -177,7 +177,7 @@ def ssd_scores_backward_kernel(
     stride_b_row, stride_b_token, stride_b_group, stride_c_row, stride_c_token, stride_c_group,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, SPAN: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, D_AXES: tl.constexpr, HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr,
-    PACKED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores of one chunk and group, transposed and summed over heads.
 
@@ -206,9 +206,9 @@ def ssd_scores_backward_kernel(
         live_s = live_tokens(seq_idx, row, t_s, end, T, L, HAS_PAD)
         live_l = live_tokens(seq_idx, row, t_l, end, T, L, HAS_PAD)
         bv = tile(B, row, t_s, g, 0, live_s, stride_b_row, stride_b_token, stride_b_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         cv = tile(C, row, t_l, g, 0, live_l, stride_c_row, stride_c_token, stride_c_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         scores = tl.dot(bv, tl.trans(cv), input_precision=PRECISION)
         sees = s[:, None] <= l[None, :]
         if HAS_IDS:
@@ -222,9 +222,9 @@ def ssd_scores_backward_kernel(
             for block in tl.static_range(blocks):
                 p0 = block * BLOCK_P
                 xv = tile(x, row, t_s, h, p0, live_s, stride_x_row, stride_x_token, stride_x_head,
-                          P, L, BLOCK_P, TMA)  # fmt: skip
+                          P, L, BLOCK_P, TMA, ROWS)  # fmt: skip
                 dyv = tile(dy, row, t_l, h, p0, live_l, stride_y_row, stride_y_token,
-                           stride_y_head, P, L, BLOCK_P, TMA)  # fmt: skip
+                           stride_y_head, P, L, BLOCK_P, TMA, ROWS)  # fmt: skip
                 if D_AXES > 0:
                     product = xv.to(tl.float32) * dyv.to(tl.float32)
                     store_skip_gradient(dD, product, k * parts + part, h, p0, H, part == part_l,
@@ -253,12 +253,12 @@ def ssd_scores_backward_kernel(
 @jit_for_any_length
 def ssd_group_backward_kernel(
     z, B, C, states, others, dscores, grad, w_out, through, a_in, d_in, seq_idx, ids, bounds,
-    first, owner, T, NC, K, S, H, G, R, stride_grad_row, stride_grad_token,
+    first, owner, T, NC, K, S, H, G, R, stride_grad_token,
     stride_z_row, stride_z_token, stride_z_head, stride_b_row, stride_b_token, stride_b_group,
     stride_c_row, stride_c_token, stride_c_group,
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, SQUARE: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, OF_C: tl.constexpr, HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr,
-    PACKED: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dB of one chunk and group (z is x, states are G), or dC with OF_C (z is dy, states are S).
 
@@ -276,10 +276,10 @@ def ssd_group_backward_kernel(
         live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
         if OF_C:
             mv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
-                      N, L, BLOCK_N, TMA)  # fmt: skip
+                      N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         else:
             mv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
-                      N, L, BLOCK_N, TMA)  # fmt: skip
+                      N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         if HAS_IDS:
             own, last, before = chunk_ids(ids, row, t0, T, L)
         total = tl.zeros((L, BLOCK_N), tl.float32)
@@ -295,7 +295,7 @@ def ssd_group_backward_kernel(
             for block in tl.static_range(blocks):
                 p0 = block * BLOCK_P
                 zv = tile(z, row, t0, h, p0, live, stride_z_row, stride_z_token, stride_z_head,
-                          P, L, BLOCK_P, TMA)  # fmt: skip
+                          P, L, BLOCK_P, TMA, ROWS)  # fmt: skip
                 state = load_chunk_state(states, k * H + h, p0, P, BLOCK_P, BLOCK_N, TMA)
                 if OF_C:
                     other = load_chunk_state(others, k * H + h, p0, P, BLOCK_P, BLOCK_N, TMA)
@@ -317,16 +317,17 @@ def ssd_group_backward_kernel(
         )  # fmt: skip
         if OF_C:
             bv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
-                      N, L, BLOCK_N, TMA)  # fmt: skip
+                      N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
             total = tl.dot(tl.trans(from_scores), bv, total, input_precision=PRECISION)
         else:
             cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
-                      N, L, BLOCK_N, TMA)  # fmt: skip
+                      N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
             total = tl.dot(from_scores, cv, total, input_precision=PRECISION)
         if HAS_PAD:
             total = tl.where(live[:, None], total, 0.0)
-        store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end, stride_grad_row,
-                   stride_grad_token, N, L, BLOCK_N, TMA)  # fmt: skip
+        store_tile(grad, total.to(mv.dtype), row, t0, g, 0, t0 + q < end,
+                   offset64(T, stride_grad_token), stride_grad_token,
+                   N, L, BLOCK_N, TMA)  # fmt: skip
 
 
 @jit_for_any_length

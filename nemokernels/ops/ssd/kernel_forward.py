@@ -17,16 +17,17 @@ import inspect
 import triton
 import triton.language as tl
 
-from nemokernels._tl import offset64, sigmoid, softplus
+from nemokernels._tl import offset64, row_offset, sigmoid, softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e36)  # bound of one step's decay: keeps the running sum finite
 PRECISION = tl.constexpr("tf32x3")  # of products of float32 tiles: three tf32 products, ~2^-21
 
 
-# What differs from call to call. Triton would compile anew where one becomes 1 or divisible by
-# 16, and make nothing of it.
-LENGTHS = {"T", "NC", "K", "S", "SEGMENT", "SEGMENTS", "stride_dt_row"}
+# What differs from call to call. Triton would compile anew where one becomes 1 or divisible by 16.
+# It would make nothing of it but for the strides of rows, whose divisor is ``ROWS``.
+LENGTHS = {"T", "NC", "K", "S", "SEGMENT", "SEGMENTS"}
+LENGTHS |= {f"stride_{of}_row" for of in ("x", "y", "o", "z", "b", "c", "m", "dt")}
 
 
 def jit_for_any_length(fn):
@@ -113,12 +114,14 @@ def inner_decay(later, earlier, b_earlier, sees, EXACT: tl.constexpr):
 def tile(
     source, row, t0, head, column, live, stride_row, stride_token, stride_head,
     WIDTH: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """(L, BLOCK) of a (B, T, heads, WIDTH) tensor, zero where there is nothing."""
     if TMA:
         out = source.load([row, t0, head, column]).reshape(L, BLOCK)
     else:
-        start = offset64(row, stride_row) + offset64(t0, stride_token) + offset64(head, stride_head)
+        start = row_offset(row, stride_row, ROWS) + offset64(t0, stride_token)
+        start += offset64(head, stride_head)
         c = column + tl.arange(0, BLOCK)
         within = offset64(tl.arange(0, L), stride_token)[:, None] + c[None, :]
         mask = live[:, None] if WIDTH % BLOCK == 0 else live[:, None] & (c < WIDTH)[None, :]
@@ -236,7 +239,7 @@ def ssd_scan_kernel(
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, D_AXES: tl.constexpr, HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_PAD: tl.constexpr, HAS_IDS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The scan. A program keeps BLOCK_P rows of one head's state in registers and walks its chunks.
 
@@ -268,11 +271,11 @@ def ssd_scan_kernel(
         t0 = begin + i * L
         live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
         xv = tile(x, row, t0, h, p0, live, stride_x_row, stride_x_token, stride_x_head,
-                  P, L, BLOCK_P, TMA)  # fmt: skip
+                  P, L, BLOCK_P, TMA, ROWS)  # fmt: skip
         bv = tile(B, row, t0, g, 0, live, stride_b_row, stride_b_token, stride_b_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         cv = tile(C, row, t0, g, 0, live, stride_c_row, stride_c_token, stride_c_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         a, b = tl.load(a_in + i * L + q), tl.load(b_in + i * L + q)
         a_last = tl.load(a_in + i * L + L - 1)
         exact: tl.constexpr = xv.dtype == tl.float32
@@ -302,7 +305,7 @@ def ssd_scan_kernel(
             store_tile(ungated, y.to(xv.dtype), row, t0, h, p0, tokens, offset64(T, H * P), H * P,
                        P, L, BLOCK_P, False)  # fmt: skip
             c = p0 + tl.arange(0, BLOCK_P)
-            at_z = offset64(row, stride_z_row) + offset64(h, stride_z_head)
+            at_z = row_offset(row, stride_z_row, ROWS) + offset64(h, stride_z_head)
             at_z += offset64(t0 + q, stride_z_token)[:, None] + offset64(c, stride_z_width)[None, :]
             gate = tl.load(z + at_z, mask=live[:, None] & (c < P)[None, :], other=0.0)
             gate = gate.to(tl.float32)
@@ -323,8 +326,7 @@ def ssd_states_kernel(
     P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_PAD: tl.constexpr,
     HAS_IDS: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, TMA_MET: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STORE_MET: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, REVERSE: tl.constexpr, STORE_MET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """States without outputs: z is x and M is B, or in reverse the output's gradient and C.
 
@@ -356,9 +358,9 @@ def ssd_states_kernel(
         t0 = begin + i * L
         live = live_tokens(seq_idx, row, t0, end, T, L, HAS_PAD)
         zv = tile(z, row, t0, h, p0, live, stride_z_row, stride_z_token, stride_z_head,
-                  P, L, BLOCK_P, TMA)  # fmt: skip
+                  P, L, BLOCK_P, TMA, ROWS)  # fmt: skip
         mv = tile(M, row, t0, g, 0, live, stride_m_row, stride_m_token, stride_m_group,
-                  N, L, BLOCK_N, TMA)  # fmt: skip
+                  N, L, BLOCK_N, TMA, ROWS)  # fmt: skip
         a, a_last = tl.load(a_in + i * L + q), tl.load(a_in + i * L + L - 1)
         if REVERSE:
             weight = tl.exp2(a)

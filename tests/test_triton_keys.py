@@ -1,0 +1,87 @@
+"""A new length compiles nothing: what Triton would compile, counted for random problems."""
+
+import collections
+
+import fuzz
+import pytest
+import torch
+import triton_compile
+import triton_keys
+from fuzz_draw import Draw
+
+from nemokernels import _tl
+from nemokernels._registry import FAMILIES
+
+LENGTHS = (0, 2, 3, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 77, 96)
+# Launched more than once in a call, with other constants: forward and backward, B and C.
+LAUNCHES = collections.defaultdict(lambda: 1, ssd_steps_kernel=2, ssd_group_backward_kernel=2)
+
+
+class OfLength(Draw):
+    """Problems of certain lengths, each divisible by 16 or not."""
+
+    lengths = LENGTHS
+
+    def tokens(self):
+        return self.choice(self.lengths)
+
+    def randn(self, *shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype)
+
+
+class OfOneToken(OfLength):
+    lengths = (1,)
+
+
+def count(fuzzed, which, draw, problems):
+    operators = FAMILIES[fuzzed.family].operators | FAMILIES["ssd"].operators
+
+    def launch(name, *args):
+        return triton_keys.launch(operators[name], args)
+
+    with triton_keys.counted() as keys:
+        for number in range(problems):
+            problem = draw(number, 120, torch.device("cpu"))
+            fuzzed.problem(problem, launch, **fuzzed.specialisations[which])
+    return {kernel: set(of) for kernel, of in keys.items()}
+
+
+@pytest.mark.parametrize("fuzzed", fuzz.FUZZED, ids=lambda fuzzed: fuzzed.name)
+def test_a_specialisation_is_compiled_once(fuzzed):
+    """For a thousand problems, too, a kernel is compiled once per specialisation and launch."""
+    everything = collections.defaultdict(set)
+    for which in range(len(fuzzed.specialisations)):
+        for kernel, keys in count(fuzzed, which, OfLength, 16).items():
+            everything[kernel] |= keys
+            assert len(keys) <= LAUNCHES[kernel], f"{which}: {kernel} {triton_keys.differ(keys)}"
+    assert everything
+    for kernel, keys in everything.items():
+        assert len(keys) <= 12 * LAUNCHES[kernel], kernel
+
+
+@pytest.mark.parametrize("fuzzed", fuzz.FUZZED, ids=lambda fuzzed: fuzzed.name)
+def test_a_single_token_is_compiled_apart_at_most_twice(fuzzed):
+    """Torch gives an axis of one entry another stride: a view of one token, one of one row."""
+    for which in range(len(fuzzed.specialisations)):
+        longer = count(fuzzed, which, OfLength, 8)
+        for kernel, keys in count(fuzzed, which, OfOneToken, 8).items():
+            more = len(keys - longer.get(kernel, set()))
+            assert more <= 2 * LAUNCHES[kernel], f"{which}: {kernel} {triton_keys.differ(keys)}"
+
+
+def test_counted_is_what_is_compiled():
+    """Rows of one and of sixteen change nothing; a width divisible by 16 and another dtype do."""
+    shapes = [(1, 48), (16, 48), (5, 48), (5, 47)]
+
+    def launches():
+        for shape in shapes:
+            x = torch.empty(shape)
+            _tl.column_sum(x, x.new_empty(shape[1]))
+            _tl.column_sum(x, x.new_empty(shape[1], dtype=torch.float16))
+
+    with triton_keys.counted() as keys:
+        launches()
+    with triton_compile.compile_only(90) as kernels:
+        launches()
+    assert len(keys["column_sum_kernel"]) == len({*map(id, kernels)}) == 4
+    assert triton_keys.differ(keys["column_sum_kernel"]).keys() == {"out_ptr", "width"}
