@@ -9,7 +9,7 @@ import triton_compile
 import triton_keys
 from fuzz_draw import Draw
 
-from nemokernels import _tl
+from nemokernels import _tl, _triton
 from nemokernels._registry import FAMILIES
 
 LENGTHS = (0, 2, 3, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 77, 96)
@@ -85,3 +85,12 @@ def test_counted_is_what_is_compiled():
         launches()
     assert len(keys["column_sum_kernel"]) == len({*map(id, kernels)}) == 4
     assert triton_keys.differ(keys["column_sum_kernel"]).keys() == {"out_ptr", "width"}
+
+
+def test_the_divisor_of_rows():
+    """It looks at the strides of rows and of tokens; a lone row's is never used."""
+    aligned = torch.empty(2, 5, 16)
+    assert _triton.row_divisor(aligned, None, aligned.expand(3, 2, 5, 16)) == 16
+    for other in (torch.empty(2, 2, 8), torch.empty(2, 97).as_strided((2, 6, 16), (97, 16, 1))):
+        assert _triton.row_divisor(aligned, other) == 1
+    assert _triton.row_divisor(torch.empty(97).as_strided((1, 6, 16), (97, 16, 1))) == 16
