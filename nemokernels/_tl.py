@@ -96,7 +96,7 @@ def e4m3_value(code):
     return tl.where(code > 127, -value, value)
 
 
-@triton.jit(do_not_specialize=["T", "S", "width", "stride"])
+@triton.jit(do_not_specialize=["T", "S"])
 def clear_outside_kernel(
     x_ptr, bounds_ptr, T, S, width, stride, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr
 ):

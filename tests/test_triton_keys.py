@@ -13,8 +13,10 @@ from nemokernels import _tl, _triton
 from nemokernels._registry import FAMILIES
 
 LENGTHS = (0, 2, 3, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 77, 96)
-# Launched more than once in a call, with other constants: forward and backward, B and C.
-LAUNCHES = collections.defaultdict(lambda: 1, ssd_steps_kernel=2, ssd_group_backward_kernel=2)
+# Launched more than once in a call, for other constants or widths: forward and backward, B and C.
+LAUNCHES = collections.defaultdict(
+    lambda: 1, ssd_steps_kernel=2, ssd_group_backward_kernel=2, clear_outside_kernel=3
+)
 
 
 class OfLength(Draw):
