@@ -6,6 +6,7 @@ Used by the tests, the self-test and the bench, so that all three mean the same 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -52,7 +53,8 @@ def assert_matches(
         max error divided by the budget (0 where both are exact).
 
     Raises:
-        AssertionError: wrong shape, different NaN or Inf positions, or an error over the budget.
+        AssertionError: wrong shape, different NaN or Inf positions, an error over the budget, or
+            no budget, as ``low`` is not finite where ``reference`` is.
     """
     assert actual.shape == reference.shape, f"{name}: shape {actual.shape} != {reference.shape}"
     if actual.numel() == 0:
@@ -64,6 +66,7 @@ def assert_matches(
     assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN masks differ"
     error = torch.where(finite, (got - want).abs(), 0.0)
     worst, budget = error.max().item(), error_budget(want, low)
+    assert math.isfinite(budget), f"{name}: `low` is not finite where `reference` is: no budget"
     if worst > budget:
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         raise AssertionError(
