@@ -52,7 +52,7 @@ clean:
 	else v=$$(sed -n 's/^torch==//p' constraints.txt); \
 	  $(PIP) install "torch==$$v+cpu" 2>/dev/null || \
 	  $(PIP) install --index-url https://download.pytorch.org/whl/cpu "torch==$$v+cpu"; fi
-	$(PIP) install -c constraints.txt "setuptools>=77" wheel ninja
+	$(PIP) install -c constraints.txt "setuptools>=77" wheel
 	if command -v nvidia-smi >/dev/null 2>&1; then $(CUTLASS); fi
 	touch $@
 

@@ -22,6 +22,7 @@ from nemokernels.models.fields import (
     check_divides,
     check_fixed,
     check_object,
+    check_scan,
     check_type,
     rename,
     show,
@@ -327,13 +328,7 @@ def _check(config: NemotronHConfig) -> None:
 
 def _check_mamba(config: NemotronHConfig) -> None:
     check_divides(config, "mamba_num_heads", "n_groups")
-    if not 2 <= config.conv_kernel <= 4:
-        raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
-    if not config.time_step_min <= config.time_step_max:
-        raise ConfigError(
-            f"`time_step_max` is {config.time_step_max}, below `time_step_min` "
-            f"{config.time_step_min}"
-        )
+    check_scan(config)
     if config.mamba_ssm_cache_dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(
             "`mamba_ssm_cache_dtype` must be float32, bfloat16 or float16, got "

@@ -88,3 +88,14 @@ def check_divides(config, whole: str, part: str) -> None:
     a, b = getattr(config, whole), getattr(config, part)
     if a % b:
         raise ConfigError(f"`{whole}` is {a}, not a multiple of `{part}` {b}")
+
+
+def check_scan(config) -> None:
+    """Raise ConfigError unless a Mamba layer's filter and steps are ones that the kernels take."""
+    if not 2 <= config.conv_kernel <= 4:
+        raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
+    if not config.time_step_min <= config.time_step_max:
+        raise ConfigError(
+            f"`time_step_max` is {config.time_step_max}, below `time_step_min` "
+            f"{config.time_step_min}"
+        )

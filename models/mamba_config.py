@@ -11,6 +11,7 @@ from nemokernels.models.fields import (
     ConfigError,
     check_fixed,
     check_object,
+    check_scan,
     check_type,
     show,
 )
@@ -56,13 +57,7 @@ def check_mamba1(config) -> None:
         raise ConfigError(
             f"`num_hidden_layers` is {config.num_hidden_layers}, at most {MAX_LAYERS}"
         )
-    if not 2 <= config.conv_kernel <= 4:
-        raise ConfigError(f"`conv_kernel` must be 2, 3 or 4, got {config.conv_kernel}")
-    if not config.time_step_min <= config.time_step_max:
-        raise ConfigError(
-            f"`time_step_max` is {config.time_step_max}, below `time_step_min` "
-            f"{config.time_step_min}"
-        )
+    check_scan(config)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nemokernels import _ext, _selftest
 from nemokernels._backends import REFERENCE, backends, default_device
 from nemokernels._registry import FAMILIES
 
-PACKAGES = ("torch", "triton", "nvidia-cutlass", "cuda-python", "flash-attn", "safetensors",
+PACKAGES = ("torch", "triton", "nvidia-cutlass", "flash-attn", "safetensors",
             "tokenizers", "transformers", "mamba-ssm", "causal-conv1d")  # fmt: skip
 
 
