@@ -17,6 +17,13 @@ FAMILY = family("moe_experts", {"triton": _triton.reason})
 MOST_EXPERTS = 2048  # lanes of the program that lays out the tiles
 
 
+def too_many(experts: int) -> str:
+    """Why no table of tiles can be laid out for so many experts; empty if it can."""
+    if experts <= MOST_EXPERTS:
+        return ""
+    return f"the kernels take up to {MOST_EXPERTS} experts, got {experts}"
+
+
 @dataclass(frozen=True)
 class Tile:
     """The tile of a product and how it is launched; ``swap`` makes the weights its left operand."""
@@ -59,8 +66,7 @@ def plan(
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
-    if not unsupported and experts > MOST_EXPERTS:
-        unsupported = f"the Triton kernels take up to {MOST_EXPERTS} experts, got {experts}"
+    unsupported = unsupported or too_many(experts)
     if _triton.needs_reference(FAMILY.name, unsupported, backends):
         return Config("reference", reason=unsupported)
     if dtype == torch.float32:  # not measured
@@ -96,8 +102,7 @@ def plan_fp8(
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
-    if not unsupported and experts > MOST_EXPERTS:
-        unsupported = f"the Triton kernels take up to {MOST_EXPERTS} experts, got {experts}"
+    unsupported = unsupported or too_many(experts)
     if not unsupported and capability < (8, 9):
         unsupported = "FP8 products need sm_89 or newer, this is sm_{}{}".format(*capability)
     if _triton.needs_reference(FAMILY.name, unsupported, backends):

@@ -8,7 +8,7 @@ import torch
 
 from nemokernels import _backends, _ext, _triton
 from nemokernels._registry import acc_dtype, family, register
-from nemokernels.ops.moe_experts.op import MOST_EXPERTS, Tile
+from nemokernels.ops.moe_experts.op import Tile, too_many
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES
 from nemokernels.ops.nvfp4.ref import quantize_weight
 from nemokernels.ops.w4a16 import ref
@@ -45,8 +45,7 @@ def plan(
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
-    if not unsupported and experts > MOST_EXPERTS:
-        unsupported = f"the kernels take up to {MOST_EXPERTS} experts, got {experts}"
+    unsupported = unsupported or too_many(experts)
     proven = backends if "csrc" not in backends else (*backends, "triton")
     if _triton.needs_reference(FAMILY.name, unsupported, proven):
         return Config("reference", reason=unsupported)
