@@ -178,6 +178,30 @@ def test_low_precision_logits_are_widened_first(dtype):
     assert got.weights.dtype == torch.float32
 
 
+def weights_of(logits):
+    return moe_route(logits, top_k=3, scale=2.5).weights
+
+
+def raw_weights_of(logits):
+    return moe_route(logits, top_k=3, norm_topk_prob=False).weights
+
+
+def loss_of(logits):
+    return balance_loss(logits, top_k=3, coefficient=50.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fn", [weights_of, raw_weights_of, loss_of])
+def test_low_precision_logits_are_widened_first_and_gradients_rounded_once(fn, dtype):
+    logits = torch.randn(40, 16).to(dtype).requires_grad_()
+    wide = logits.detach().float().requires_grad_()
+    got, want = fn(logits), fn(wide)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    dy = torch.randn_like(want)
+    (d,), (wide_d,) = torch.autograd.grad(got, logits, dy), torch.autograd.grad(want, wide, dy)
+    assert d.dtype == dtype and torch.equal(d, wide_d.to(dtype)) and d.any()
+
+
 def test_any_strides():
     logits, bias = torch.randn(8, 2, 20)[:, 1].T, torch.randn(16)[::2]
     got = moe_route(logits, top_k=3, correction_bias=bias)
@@ -281,6 +305,7 @@ LOGITS = torch.zeros(2, 8)
         (dict(top_k=5, n_group=2), ValueError, "`top_k` must be in 1 to 4 "),
         (dict(n_group=3), ValueError, "`n_group` must divide the number of experts 8, got 3"),
         (dict(n_group=0), ValueError, "`n_group` must divide"),
+        (dict(logits=LOGITS[:, :0]), ValueError, "`top_k` must be in 1 to 0 "),
         (dict(n_group=2, topk_group=3), ValueError, "`topk_group` must be between 1 and n_group"),
         (dict(logits=torch.empty(2**30, 8, device="meta")), ValueError, "`logits` has 1073741824"),
         (dict(correction_bias=torch.zeros(7)), ValueError, r"`correction_bias` has shape \(7,\)"),

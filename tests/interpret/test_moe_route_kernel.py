@@ -125,6 +125,16 @@ def test_strides_give_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_the_gradient_of_what_is_no_expert_stays_in_bounds():
+    logits, dweights, config = spread(6, 12), torch.randn(6, 3), config_of(6, 12, 3)
+    chosen = torch.tensor([[1, 5, 9]]).repeat(6, 1).int()
+    want = ref.backward(dweights, logits, chosen, False, 2.5)
+    chosen[0, 1], chosen[2, 0], chosen[3, 2] = -1, 12, 2**31 - 1
+    want[0, 5] = want[2, 1] = want[3, 9] = 0
+    got = kernel.backward(dweights, logits, chosen, False, 2.5, config)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("slots", [0, 1, 127, 128, 129, 1025, 2300])
 @pytest.mark.parametrize("pieces", ["planned", 128, 384])
 def test_sorting(slots, pieces):

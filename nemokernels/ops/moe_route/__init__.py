@@ -77,7 +77,7 @@ def moe_route(
     where = "moe_route"
     check_tensor(where, "logits", logits, shape=(None, None), dims="(T, E)", dtypes=FLOATS)
     tokens, experts = logits.shape
-    check(where, n_group >= 1 and experts % n_group == 0 and experts > 0,
+    check(where, n_group >= 1 and experts % n_group == 0,
           "`n_group` must divide the number of experts {}, got {}", experts, n_group)  # fmt: skip
     check(
         where,

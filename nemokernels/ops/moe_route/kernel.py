@@ -136,6 +136,7 @@ def moe_route_backward_kernel(
     mask = (token < tokens)[:, None] & (slot < TOP_K)[None, :]
     at = offset64(token, TOP_K)[:, None] + slot[None, :]
     chosen = tl.load(experts_ptr + at, mask=mask, other=-1)
+    mask &= (chosen >= 0) & (chosen < experts)  # what is no expert has no gradient
     ds = tl.load(dweights_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
     at = offset64(token, stride_logits_row)[:, None] + offset64(chosen, stride_logits_column)
     x = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
