@@ -58,12 +58,16 @@ def _cells(record: dict) -> list[str | Text]:
     cells = [record["id"], ours["backend"], launches, _ms(record.get("floor")),
              _ms(ours["median"]), f"{ours['mad'] / ours['median']:.1%}"]  # fmt: skip
     colour = "red" if goal and share and share < goal else "green"
-    cells.append(f"[{colour}]{share:.0%}[/{colour}]" if share else "-")
-    cells.append(f"{goal:.0%}" if goal else "-")
+    cells.append(f"[{colour}]{_percent(share)}[/{colour}]" if share else "-")
+    cells.append(_percent(goal) if goal else "-")
     if peer is None:
         return [*cells, "not measured", "-"]
     return [*cells, f"{peer['name']} {_ms(peer['median'])}",
             f"{peer['median'] / ours['median']:.2f}x"]  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.2%}"
 
 
 def _ms(seconds: float | None) -> str:

@@ -119,6 +119,25 @@ def test_moe_rows_count_the_experts_they_touch():
     assert touched(1, 128, 6) == 6 and touched(16384, 128, 6) == 128
 
 
+def test_goals_of_the_experts():
+    """Shares of the roofline, or of the copy alone; microseconds of an H100 for the routing."""
+    goals = {(r.subject.title, r.way, r.label): r.goal for r in ROWS if r.quick and r.goal}
+    layer, eight, four = (
+        f"moe_experts{weights}" for weights in ("", " with FP8 weights", " with NVFP4 weights")
+    )
+    want = {(layer, "nano3 1"): 0.85, (layer, "nano3 8"): 0.97, (layer, "nano3 64"): 0.97}
+    for label, goal in (("nano3 1", 0.70), ("nano3 8", 0.88), ("nano3 64", 0.92)):
+        want[f"{four} and its router", label] = goal
+    want[four, "nano3 16384"] = want[f"{eight} and its router", "nano3 16384"] = 0.60
+    want[f"{layer} with its router", "nano3 16384"] = 0.75
+    for (title, label), goal in want.items():
+        assert goals.get((title, "forward", label)) == goal, (title, label)
+    planned = {r.label: r for r in ROWS if r.subject.title.startswith("moe_route and the tiles")}
+    for label, limit in (("nano3 64", 6e-6), ("nano3 16384", 35e-6)):
+        row = planned[label]
+        assert row.quick and row.cost.floor(*CEILINGS) / row.goal == pytest.approx(limit)
+
+
 # A wrong adapter must not get a time.
 
 

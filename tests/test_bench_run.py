@@ -342,6 +342,8 @@ def test_the_table_says_it_all(on_a_card):
     assert "NVIDIA H100" in text and "copy 3.00 TB/s" in text and "bfloat16 784" in text
     assert "45%" in text and "93%" in text  # 0.447 of 1 ms; the goal
     assert "torch eager 2" in text and "2.00x" in text
+    made["rows"][0]["goal"] = 0.00427  # of so little that microseconds are its limit
+    assert "0.43%" in shown(made)
     assert "not measured: causal_conv1d: causal-conv1d is not installed" in text
     found = [line.split("│")[3].strip() for line in text.splitlines() if " reference " in line]
     assert "launches" in text and found == ["3", "3"]

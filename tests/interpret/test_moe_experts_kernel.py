@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemokernels import testing
+from nemokernels.bench.bench_moe_route import with_tiles
 from nemokernels.ops.moe_experts import kernel, op, ref
 from nemokernels.ops.moe_experts.passes import columns_at_once
 from nemokernels.ops.moe_route import ref as route
@@ -168,6 +169,20 @@ def test_tiles_of_a_route_that_is_none(offsets):
     expert, row = kernel.tile_table(torch.tensor(offsets, dtype=torch.int32), 12, 4)
     assert ((expert >= -1) & (expert < 4)).all()
     assert ((row >= 0) & (row < 4 * 12))[expert >= 0].all()  # each expert has 12 rows at most
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 7, 127, 129), (0, 0, 0), (300,), (5,) * 130])
+@pytest.mark.parametrize("height", [16, 128])
+def test_tiles_of_a_route(counts, height):
+    """Against the formula that the bench has in plain torch, entries without a tile included."""
+    counts = torch.tensor(counts, dtype=torch.int32)
+    offsets = counts.cumsum(0).int()
+    *_, expert, row = with_tiles((counts, offsets, torch.arange(int(counts.sum()))), height)
+    got = kernel.tile_table(offsets, int(counts.sum()), height)
+    assert torch.equal(got[0], expert) and torch.equal(got[1], row)
+    if offsets[-1]:
+        covered = [r for e, r in zip(*got) if e >= 0]
+        assert len(covered) == int(((counts + height - 1) // height).sum())
 
 
 @pytest.mark.parametrize("offsets", NO_OFFSETS)
