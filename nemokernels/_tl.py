@@ -26,6 +26,12 @@ def row_offset(row, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
+def offset_in_row(i, j, strides):
+    """Offset of element [i, j], which broadcast, of a row, from the strides of its first axes."""
+    return offset64(i, strides[0]) + offset64(j, strides[1])
+
+
+@triton.jit
 def offset_of(i, j, k, strides):
     """Offset of element [i, j, k], which broadcast, from the strides of a tensor's first axes."""
     return offset64(i, strides[0]) + offset64(j, strides[1]) + offset64(k, strides[2])

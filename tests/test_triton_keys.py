@@ -3,6 +3,7 @@
 import collections
 
 import fuzz
+import key_sweeps
 import pytest
 import torch
 import triton_compile
@@ -69,6 +70,40 @@ def test_a_single_token_is_compiled_apart_at_most_twice(fuzzed):
         for kernel, keys in count(fuzzed, which, OfOneToken, 8).items():
             more = len(keys - longer.get(kernel, set()))
             assert more <= 2 * LAUNCHES[kernel], f"{which}: {kernel} {triton_keys.differ(keys)}"
+
+
+def sweep_keys(sweep, options, after, lengths):
+    """What kernels are compiled for in calls of these lengths, with one row, two and sixteen."""
+    operators = {name: of for family in FAMILIES.values() for name, of in family.operators.items()}
+
+    def launch(name, *args):
+        return triton_keys.launch(operators[name], args)
+
+    def slices(rows, *widths):
+        draw = OfLength(0, 0, torch.device("cpu"))
+        return draw.slices(*widths, rows=rows, dtype=torch.bfloat16, after=after)
+
+    with triton_keys.counted() as keys:
+        for rows in (1, 2, 16):
+            for tokens in lengths:
+                sweep.problem(launch, rows, tokens, slices, **options)
+    return keys
+
+
+@pytest.mark.parametrize("sweep", key_sweeps.SWEEPS, ids=lambda sweep: sweep.problem.__name__)
+def test_a_model_compiles_a_kernel_for_all_lengths(sweep):
+    """As often as the sweep says, whatever the layout; a token alone may be in another."""
+    for options in sweep.options:
+        for after in (None, 16, 8, 3):
+            aligned = after in (None, 16)
+            longer = sweep_keys(sweep, options, after, (*LENGTHS, 1) if aligned else LENGTHS)
+            assert longer
+            for kernel, keys in longer.items():
+                assert len(keys) <= sweep.allows(kernel), f"{kernel} {triton_keys.differ(keys)}"
+            if not aligned:
+                for kernel, keys in sweep_keys(sweep, options, after, (1,)).items():
+                    more = len(keys - longer[kernel])
+                    assert more <= 2 * sweep.allows(kernel), f"{kernel} {triton_keys.differ(keys)}"
 
 
 def test_counted_is_what_is_compiled():

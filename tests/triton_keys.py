@@ -15,6 +15,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from nemokernels import _backends, _triton
+from nemokernels.ops.fp8 import op as fp8
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -36,6 +37,7 @@ def counted(arch=90):
             mock.patch.object(JITFunction, "run", count),
             mock.patch.object(_backends, "usable", lambda family, device: ("triton",)),
             mock.patch.object(_triton, "processors", lambda device: 132),
+            mock.patch.object(fp8, "reason", lambda device: None),
             mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10)),
         ):
             yield keys

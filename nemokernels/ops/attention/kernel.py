@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, offset_of, to_fp8
-from nemokernels._triton import cdiv
+from nemokernels._tl import offset64, offset_in_row, row_offset, to_fp8
+from nemokernels._triton import cdiv, row_divisor
+from nemokernels.ops.attention.kernel_sequence import LONG, axes
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _stored(x, inverse, dtype: tl.constexpr):
         return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots", "room", "k_row", "v_row", "kc_row", "vc_row"])
 def attention_write_kernel(
     k_ptr,
     v_ptr,
@@ -49,10 +50,15 @@ def attention_write_kernel(
     room,
     groups,
     dim,
+    k_row,
+    v_row,
+    kc_row,
+    vc_row,
     k_strides,
     v_strides,
     kc_strides,
     vc_strides,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     group = tl.program_id(0) % groups
@@ -61,17 +67,21 @@ def attention_write_kernel(
     slot, length, held = _row(lengths_ptr, slots_ptr, b, tokens, slots, room)
     d = tl.arange(0, BLOCK_D)
     mask = (d < dim) & held
-    k_at = offset_of(b, t, group, k_strides) + offset64(d, k_strides[3])
+    k_at = row_offset(b, k_row, ROWS) + offset_in_row(t, group, k_strides)
+    k_at += offset64(d, k_strides[2])
     k = tl.load(k_ptr + k_at, mask=mask, other=0.0)
-    v_at = offset_of(b, t, group, v_strides) + offset64(d, v_strides[3])
+    v_at = row_offset(b, v_row, ROWS) + offset_in_row(t, group, v_strides)
+    v_at += offset64(d, v_strides[2])
     v = tl.load(v_ptr + v_at, mask=mask, other=0.0)
-    k_at = offset_of(slot, length + t, group, kc_strides) + offset64(d, kc_strides[3])
+    k_at = row_offset(slot, kc_row, ROWS) + offset_in_row(length + t, group, kc_strides)
+    k_at += offset64(d, kc_strides[2])
     tl.store(k_cache_ptr + k_at, _stored(k, k_inverse, k_cache_ptr.dtype.element_ty), mask=mask)
-    v_at = offset_of(slot, length + t, group, vc_strides) + offset64(d, vc_strides[3])
+    v_at = row_offset(slot, vc_row, ROWS) + offset_in_row(length + t, group, vc_strides)
+    v_at += offset64(d, vc_strides[2])
     tl.store(v_cache_ptr + v_at, _stored(v, v_inverse, v_cache_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots", "room", "parts", "q_row", "kc_row", "vc_row"])
 def attention_part_kernel(
     q_ptr,
     k_cache_ptr,
@@ -92,9 +102,13 @@ def attention_part_kernel(
     heads,
     dim,
     parts,
+    q_row,
+    kc_row,
+    vc_row,
     q_strides,
     kc_strides,
     vc_strides,
+    ROWS: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -115,7 +129,8 @@ def attention_part_kernel(
         shared = heads // groups
         lane = tl.arange(0, BLOCK_H)
         head = group * shared + lane
-        q_at = offset_of(b, t, head, q_strides)[:, None] + offset64(d, q_strides[3])[None, :]
+        q_at = row_offset(b, q_row, ROWS) + offset_in_row(t, head, q_strides)
+        q_at = q_at[:, None] + offset64(d, q_strides[2])[None, :]
         q_mask = (lane < shared)[:, None] & (d < dim)[None, :]
         q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
         if HAS_SLOPES:
@@ -123,8 +138,8 @@ def attention_part_kernel(
         top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         sums = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        k_base = k_cache_ptr + offset_of(slot, 0, group, kc_strides)
-        v_base = v_cache_ptr + offset_of(slot, 0, group, vc_strides)
+        k_cache_ptr += row_offset(slot, kc_row, ROWS) + offset64(group, kc_strides[1])
+        v_cache_ptr += row_offset(slot, vc_row, ROWS) + offset64(group, vc_strides[1])
         # Tiles of global tokens, then tiles of the window, in one loop that loads ahead.
         near = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
         global_end = tl.minimum(tl.minimum(global_tokens, near), end)
@@ -134,12 +149,12 @@ def attention_part_kernel(
             start = tl.where(tile < ahead, begin + tile * BLOCK_N, near + (tile - ahead) * BLOCK_N)
             key = start + tl.arange(0, BLOCK_N)
             visible = (key < seen) & ((key >= first) | (key < global_tokens))
-            k_at = offset64(d, kc_strides[3])[:, None] + offset64(key, kc_strides[1])[None, :]
+            k_at = offset64(d, kc_strides[2])[:, None] + offset64(key, kc_strides[0])[None, :]
             k_mask = (d < dim)[:, None] & visible[None, :]
-            k = tl.load(k_base + k_at, mask=k_mask, other=0.0).to(q.dtype)
-            v_at = offset64(key, vc_strides[1])[:, None] + offset64(d, vc_strides[3])[None, :]
+            k = tl.load(k_cache_ptr + k_at, mask=k_mask, other=0.0).to(q.dtype)
+            v_at = offset64(key, vc_strides[0])[:, None] + offset64(d, vc_strides[2])[None, :]
             v_mask = visible[:, None] & (d < dim)[None, :]
-            v = tl.load(v_base + v_at, mask=v_mask, other=0.0).to(q.dtype)
+            v = tl.load(v_cache_ptr + v_at, mask=v_mask, other=0.0).to(q.dtype)
             scores = tl.dot(q, k, input_precision="ieee") * scale
             if HAS_SLOPES:
                 scores -= slope[:, None] * (seen - 1 - key).to(tl.float32)[None, :]
@@ -157,7 +172,7 @@ def attention_part_kernel(
         tl.store(sums_ptr + offset64(at, dim)[:, None] + d[None, :], sums, mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots", "room", "parts"])
 def attention_combine_kernel(
     sums_ptr,
     top_ptr,
@@ -212,7 +227,7 @@ def with_cache(
 ):  # fmt: skip
     """As ref.with_cache, without its checks of index values."""
     (rows, tokens, heads, dim), (held, room, groups, _) = q.shape, k_cache.shape
-    window, global_tokens = min(window or room, room), min(global_tokens, room)
+    window, global_tokens = min(window or LONG, LONG), min(global_tokens, LONG)
     has_slopes = slopes is not None
     slopes = slopes.contiguous() if has_slopes else lengths
     out = q.new_empty(q.shape)
@@ -224,15 +239,15 @@ def with_cache(
     lengths, slots = lengths.contiguous(), slots.contiguous()
     attention_write_kernel[(rows * tokens * groups,)](
         k, v, k_cache, v_cache, lengths, slots, 1.0 / k_scale, 1.0 / v_scale, tokens, held, room,
-        groups, dim, k.stride(), v.stride(), k_cache.stride(), v_cache.stride(),
+        groups, dim, *axes(k, v, k_cache, v_cache), ROWS=row_divisor(k, v, k_cache, v_cache),
         BLOCK_D=config.block_d, num_warps=1,
     )  # fmt: skip
     sums = q.new_empty(rows, tokens, heads, parts, dim, dtype=torch.float32)
     top, total = q.new_empty(2, rows, tokens, heads, parts, dtype=torch.float32)
     attention_part_kernel[(rows * tokens * groups * parts,)](
         q, k_cache, v_cache, lengths, slots, slopes, sums, top, total, scale * k_scale, window,
-        global_tokens, tokens, held, room, groups, heads, dim, parts, q.stride(),
-        k_cache.stride(), v_cache.stride(), HAS_SLOPES=has_slopes, PART=config.part,
+        global_tokens, tokens, held, room, groups, heads, dim, parts, *axes(q, k_cache, v_cache),
+        ROWS=row_divisor(q, k_cache, v_cache), HAS_SLOPES=has_slopes, PART=config.part,
         BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, offset_of
-from nemokernels._triton import cdiv
+from nemokernels._tl import offset64, offset_in_row, row_offset
+from nemokernels._triton import cdiv, row_divisor
 
 LONG = 1 << 30  # longer than any sequence
 LANES = 256  # sequences looked at together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "sequences", "length"])
 def attention_tiles_kernel(
     cu_seqlens_ptr, table_ptr, tiles, sequences, length, BLOCK_M: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def _tile(table_ptr, tile, tiles, length, PACKED: tl.constexpr, BLOCK: tl.conste
 def _rows(ptr, strides, row, rows, d, dim):
     # (rows, D) of one head, zero past the sequence and the head.
     mask = (row < rows)[:, None] & (d < dim)[None, :]
-    at = offset64(row, strides[1])[:, None] + offset64(d, strides[3])[None, :]
+    at = offset64(row, strides[0])[:, None] + offset64(d, strides[2])[None, :]
     return tl.load(ptr + at, mask=mask, other=0.0)
 
 
@@ -147,7 +147,7 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "length", "keys", "q_row", "k_row", "v_row"])
 def attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -163,9 +163,13 @@ def attention_forward_kernel(
     heads,
     groups,
     dim,
+    q_row,
+    k_row,
+    v_row,
     q_strides,
     k_strides,
     v_strides,
+    ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -181,9 +185,10 @@ def attention_forward_kernel(
     seen = end - start + ahead
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q = _rows(q_ptr + offset_of(b, start, head, q_strides), q_strides, m, end - start, d, dim)
-    k_ptr += offset_of(b, start, group, k_strides)
-    v_ptr += offset_of(b, start, group, v_strides)
+    q_ptr += row_offset(b, q_row, ROWS) + offset_in_row(start, head, q_strides)
+    q = _rows(q_ptr, q_strides, m, end - start, d, dim)
+    k_ptr += row_offset(b, k_row, ROWS) + offset_in_row(start, group, k_strides)
+    v_ptr += row_offset(b, v_row, ROWS) + offset_in_row(start, group, v_strides)
     slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -205,18 +210,20 @@ def attention_forward_kernel(
     tl.store(lse_ptr + at, top + tl.log(total), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "o_row", "do_row"])
 def attention_delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, length, heads, dim, o_strides, do_strides, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out_ptr, dout_ptr, delta_ptr, length, heads, dim, o_row, do_row, o_strides, do_strides,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(length, BLOCK_M)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
     b = tl.program_id(0) // blocks // heads
     m, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    out = _rows(out_ptr + offset_of(b, 0, head, o_strides), o_strides, m, length, d, dim)
-    dout = _rows(dout_ptr + offset_of(b, 0, head, do_strides), do_strides, m, length, d, dim)
+    out_ptr += row_offset(b, o_row, ROWS) + offset64(head, o_strides[1])
+    dout_ptr += row_offset(b, do_row, ROWS) + offset64(head, do_strides[1])
+    out = _rows(out_ptr, o_strides, m, length, d, dim)
+    dout = _rows(dout_ptr, do_strides, m, length, d, dim)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     at = (offset64(b, heads) + head) * length + m
     tl.store(delta_ptr + at, delta, mask=m < length)
@@ -240,7 +247,7 @@ def _dq(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "length", "keys", "q_row", "k_row", "v_row", "do_row"])
 def attention_dq_kernel(
     q_ptr,
     k_ptr,
@@ -258,10 +265,15 @@ def attention_dq_kernel(
     heads,
     groups,
     dim,
+    q_row,
+    k_row,
+    v_row,
+    do_row,
     q_strides,
     k_strides,
     v_strides,
     do_strides,
+    ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     SLOPES: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -278,15 +290,15 @@ def attention_dq_kernel(
     group = head // (heads // groups)
     m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask = m < end - start
-    q = _rows(q_ptr + offset_of(b, start, head, q_strides), q_strides, m, end - start, d, dim)
-    dout = _rows(
-        dout_ptr + offset_of(b, start, head, do_strides), do_strides, m, end - start, d, dim
-    )
+    q_ptr += row_offset(b, q_row, ROWS) + offset_in_row(start, head, q_strides)
+    q = _rows(q_ptr, q_strides, m, end - start, d, dim)
+    dout_ptr += row_offset(b, do_row, ROWS) + offset_in_row(start, head, do_strides)
+    dout = _rows(dout_ptr, do_strides, m, end - start, d, dim)
     at = (offset64(b, heads) + head) * length + start + m
     lse = tl.load(lse_ptr + at, mask=mask, other=0.0)
     delta = tl.load(delta_ptr + at, mask=mask, other=0.0)
-    k_ptr += offset_of(b, start, group, k_strides)
-    v_ptr += offset_of(b, start, group, v_strides)
+    k_ptr += row_offset(b, k_row, ROWS) + offset_in_row(start, group, k_strides)
+    v_ptr += row_offset(b, v_row, ROWS) + offset_in_row(start, group, v_strides)
     slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
     place = m + ahead
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -327,7 +339,9 @@ def _dkdv(
     return dk, dv
 
 
-@triton.jit
+# ``length`` and ``keys`` stay specialised: where 16 divides them, lse and delta are loaded two at a
+# time. Unspecialised, more registers spill.
+@triton.jit(do_not_specialize=["tiles", "q_row", "k_row", "v_row", "do_row"])
 def attention_dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -346,10 +360,15 @@ def attention_dkdv_kernel(
     heads,
     groups,
     dim,
+    q_row,
+    k_row,
+    v_row,
+    do_row,
     q_strides,
     k_strides,
     v_strides,
     do_strides,
+    ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     SLOPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -365,8 +384,12 @@ def attention_dkdv_kernel(
     ahead = 0 if PACKED else keys - length
     queries = end - start - ahead
     n, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _rows(k_ptr + offset_of(b, start, group, k_strides), k_strides, n, end - start, d, dim)
-    v = _rows(v_ptr + offset_of(b, start, group, v_strides), v_strides, n, end - start, d, dim)
+    k_ptr += row_offset(b, k_row, ROWS) + offset_in_row(start, group, k_strides)
+    v_ptr += row_offset(b, v_row, ROWS) + offset_in_row(start, group, v_strides)
+    k = _rows(k_ptr, k_strides, n, end - start, d, dim)
+    v = _rows(v_ptr, v_strides, n, end - start, d, dim)
+    q_ptr += row_offset(b, q_row, ROWS)
+    dout_ptr += row_offset(b, do_row, ROWS)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # Queries from the first that sees a key of the tile to the last. Every pair is masked: a second
@@ -377,8 +400,8 @@ def attention_dkdv_kernel(
         highest = tl.minimum(queries, first + BLOCK_N - 1 + window - ahead)
     shared = heads // groups
     for head in range(group * shared, (group + 1) * shared):
-        q_at = offset_of(b, start, head, q_strides)
-        do_at = offset_of(b, start, head, do_strides)
+        q_at = offset_in_row(start, head, q_strides)
+        do_at = offset_in_row(start, head, do_strides)
         sums_at = (offset64(b, heads) + head) * length + start
         slope = tl.load(slopes_ptr + head) if SLOPES else 0.0
         dk, dv = _dkdv(
@@ -401,10 +424,10 @@ def forward(q, k, v, cu_seqlens, slopes, scale, window, global_tokens, config):
     if not out.numel():
         return out, lse
     tiles, table = _tiles(cu_seqlens, rows, length, config.block_m)
-    slopes, rule, flags = _rule(slopes, scale, window, global_tokens, keys)
+    slopes, rule, flags = _rule(slopes, scale, window, global_tokens)
     attention_forward_kernel[(tiles * heads,)](
         q, k, v, slopes, table, out, lse, rule, tiles, length, keys, heads, groups, dim,
-        q.stride(), k.stride(), v.stride(), PACKED=cu_seqlens is not None, **flags,
+        *axes(q, k, v), ROWS=row_divisor(q, k, v), PACKED=cu_seqlens is not None, **flags,
         WINDOW=window is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -422,14 +445,15 @@ def backward(
         return dq, dk, dv
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     attention_delta_kernel[(rows * heads * cdiv(length, 64),)](
-        out, dout, delta, length, heads, dim, out.stride(), dout.stride(), BLOCK_M=64,
-        BLOCK_D=config.block_d, num_warps=4,
+        out, dout, delta, length, heads, dim, *axes(out, dout), ROWS=row_divisor(out, dout),
+        BLOCK_M=64, BLOCK_D=config.block_d, num_warps=4,
     )  # fmt: skip
-    slopes, rule, flags = _rule(slopes, scale, window, global_tokens, keys)
+    slopes, rule, flags = _rule(slopes, scale, window, global_tokens)
     sizes = length, keys, heads, groups, dim
-    strides = q.stride(), k.stride(), v.stride(), dout.stride()
-    flags |= dict(PACKED=cu_seqlens is not None, BLOCK_D=config.block_d,
-                  num_warps=config.num_warps, num_stages=config.num_stages)  # fmt: skip
+    strides = axes(q, k, v, dout)
+    flags |= dict(ROWS=row_divisor(q, k, v, dout), PACKED=cu_seqlens is not None,
+                  BLOCK_D=config.block_d, num_warps=config.num_warps,
+                  num_stages=config.num_stages)  # fmt: skip
     tiles, table = _tiles(cu_seqlens, rows, keys, config.block_m)
     attention_dkdv_kernel[(tiles * groups,)](
         q, k, v, dout, slopes, table, lse, delta, dk, dv, rule, tiles, *sizes, *strides, **flags,
@@ -457,8 +481,13 @@ def _tiles(cu_seqlens, rows, length, block):
     return tiles, table
 
 
-def _rule(slopes, scale, window, global_tokens, keys):
-    rule = scale, LONG if window is None else min(window, LONG), min(global_tokens, keys)
+def axes(*tensors):
+    # Of the rows, then of the other axes, of tensors (B, T, H, D).
+    return *(t.stride(0) for t in tensors), *(t.stride()[1:] for t in tensors)
+
+
+def _rule(slopes, scale, window, global_tokens):
+    rule = scale, LONG if window is None else min(window, LONG), min(global_tokens, LONG)
     return slopes if slopes is None else slopes.contiguous(), rule, {"SLOPES": slopes is not None}
 
 

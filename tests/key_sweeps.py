@@ -1,0 +1,76 @@
+"""Calls of one model at any length, whose compilations test_triton_keys.py counts.
+
+Widths, heads and experts are a model's and fixed. A problem takes ``call(operator, *args)``, the
+rows and tokens of this call, ``slices(rows, *widths)``, which makes tensors in the layout that is
+tried, and options that a model fixes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``most``: compilations of a kernel for all lengths; one if not listed."""
+
+    problem: Callable
+    options: tuple[dict, ...] = ({},)
+    most: dict[str, int] = field(default_factory=dict)
+
+    def allows(self, kernel: str) -> int:
+        return self.most.get(kernel, 1)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def ints(*shape):
+    return zeros(*shape, dtype=torch.int32)
+
+
+def heads(*tensors, width=16):
+    return [t.unflatten(-1, (-1, width)) for t in tensors]
+
+
+def relu2(call, rows, tokens, slices):
+    x, dy = slices((rows, tokens), 48, 48)
+    call("relu2", x)
+    call("relu2_backward", dy, x)
+
+
+def attention(call, rows, tokens, slices, packed=False, slopes=False, rule=(None, 0)):
+    q, k, v = heads(*slices((rows, tokens), 64, 32, 32))
+    dout, _ = heads(*slices((rows, tokens), 64, 32))
+    rule = (zeros(4) if slopes else None, 0.1, *rule)
+    if packed:  # as many sequences as rows
+        q, k, v, dout = (t.flatten(0, 1)[None] for t in (q, k, v, dout))
+    bounds = ints(rows + 1) if packed else None
+    out, lse = call("attention", q, k, v, bounds, *rule)
+    call("attention_backward", dout, q, k, v, out, lse, bounds, *rule)
+
+
+def attention_with_cache(call, rows, tokens, slices, dtype=torch.bfloat16, rule=(None, 0)):
+    q, k, v = heads(*slices((rows, tokens), 64, 32, 32))
+    caches = [t.to(dtype) for t in heads(*slices((rows, tokens + 1), 32, 32))]
+    call("attention_with_cache", q, k, v, *caches, ints(rows), ints(rows), None, 0.1, *rule, 1.0,
+         1.0)  # fmt: skip
+
+
+SWEEPS = (
+    Sweep(relu2),
+    Sweep(
+        attention,
+        ({}, dict(packed=True), dict(slopes=True, rule=(9, 32))),
+        # Lengths are 1, divisible by 16, or neither.
+        most={"attention_dkdv_kernel": 3},
+    ),
+    Sweep(
+        attention_with_cache,
+        ({}, dict(dtype=torch.float8_e4m3fn), dict(rule=(9, 32))),
+    ),
+)
