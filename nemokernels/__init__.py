@@ -24,7 +24,7 @@ from nemokernels.ops.fp8 import (
     quantize_fp8,
     rms_norm_fp8,
 )
-from nemokernels.ops.gated_rms_norm import rmsnorm_fn
+from nemokernels.ops.gated_rms_norm import RMSNormGated, rmsnorm_fn
 from nemokernels.ops.mamba_step import mamba_step
 from nemokernels.ops.moe_experts import FP8Experts, moe_experts
 from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
@@ -45,10 +45,11 @@ from nemokernels.ops.nvfp4 import (
 )
 from nemokernels.ops.nvfp4_gemm import NVFP4Experts
 from nemokernels.ops.relu2 import relu2
-from nemokernels.ops.rms_norm import rms_norm
-from nemokernels.ops.selective_scan import selective_scan_fn
+from nemokernels.ops.rms_norm import rms_norm, rms_norm_fn
+from nemokernels.ops.selective_scan import selective_scan_fn, selective_scan_ref
+from nemokernels.ops.selective_scan.inner import mamba_inner_fn
 from nemokernels.ops.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
-from nemokernels.ops.state_update import selective_state_update
+from nemokernels.ops.state_update import selective_state_update, selective_state_update_ref
 from nemokernels.ops.w4a16 import TiledNVFP4, nvfp4_linear, tile_nvfp4, untile_nvfp4
 from nemokernels.patch import patch_transformers
 
@@ -60,6 +61,7 @@ __all__ = [
     "Fp8Normed",
     "NVFP4",
     "NVFP4Experts",
+    "RMSNormGated",
     "Route",
     "SwizzledNVFP4",
     "TiledNVFP4",
@@ -85,6 +87,7 @@ __all__ = [
     "hadamard16",
     "linear_cross_entropy",
     "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
     "mamba_split_conv1d_scan_combined",
     "mamba_step",
     "moe_experts",
@@ -99,10 +102,13 @@ __all__ = [
     "quantize_nvfp4_weight",
     "relu2",
     "rms_norm",
+    "rms_norm_fn",
     "rms_norm_fp8",
     "rmsnorm_fn",
     "selective_scan_fn",
+    "selective_scan_ref",
     "selective_state_update",
+    "selective_state_update_ref",
     "swizzle_nvfp4",
     "swizzle_scales",
     "tile_nvfp4",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor, check_unshared
+from nemokernels._plain import plain
 from nemokernels.ops.causal_conv1d import op, ref
 
 __all__ = [
@@ -235,14 +238,17 @@ def causal_conv1d_ref(
     activation: str | None = None,
     seq_idx: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`causal_conv1d_fn` in plain torch: any device, gradients by autograd, unchecked shapes.
+    """:func:`causal_conv1d_fn` in plain torch: any device, with its gradients, unchecked shapes.
 
     Source: drop-in for causal-conv1d (Dao-AILab) 1.7, whose reference has no final states with
     ``seq_idx``; its argument order.
     """
     history = None if initial_states is None else initial_states.transpose(1, 2)
     silu = is_silu("causal_conv1d_ref", activation)
-    y, final = ref.forward(x.transpose(1, 2), weight, bias, seq_idx, history, None, silu, True)
+    y, final = plain(
+        partial(ref.forward, final=True), ref.backward, (0, 1, 2, 4),
+        x.transpose(1, 2), weight, bias, seq_idx, history, None, silu,
+    )  # fmt: skip
     y, final = y.transpose(1, 2), final.transpose(1, 2)
     if not return_final_states:
         return y

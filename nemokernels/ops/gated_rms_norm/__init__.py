@@ -7,7 +7,7 @@ import torch
 from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops.gated_rms_norm import op
 
-__all__ = ["rmsnorm_fn"]
+__all__ = ["RMSNormGated", "rmsnorm_fn"]
 
 
 def rmsnorm_fn(
@@ -52,6 +52,45 @@ def rmsnorm_fn(
     """
     group = check_arguments("rmsnorm_fn", x, weight, bias, z, eps, group_size)
     return op.gated_rms_norm(x, weight, bias, z, eps, group, norm_before_gate)[0]
+
+
+class RMSNormGated(torch.nn.Module):
+    """:func:`rmsnorm_fn` with its weight, which is one at first; without a bias.
+
+    Args:
+        hidden_size: D, channels of the last axis.
+        eps, group_size, norm_before_gate: as in :func:`rmsnorm_fn`; **Nemotron's norm_before_gate
+            is False**, which is not the default.
+        device, dtype: of the weight.
+
+    Source: drop-in for ``mamba_ssm.ops.triton.layernorm_gated.RMSNorm``, under the name by which
+    mamba_ssm's modules import it: mamba_ssm has another ``RMSNorm``, without a gate, whose second
+    argument is a residual.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm of x (..., D), gated by z of the same shape."""
+        return rmsnorm_fn(
+            x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate
+        )
 
 
 def check_arguments(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor
+from nemokernels._registry import acc_dtype
 from nemokernels.ops.rms_norm import op
 
-__all__ = ["rms_norm"]
+__all__ = ["rms_norm", "rms_norm_fn"]
 
 
 def rms_norm(
@@ -43,6 +44,54 @@ def rms_norm(
         return op.rms_norm(x, weight, eps)[0]
     y, total, _ = op.add_rms_norm(x, residual, weight, eps)
     return y, total
+
+
+def rms_norm_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: None = None,
+    residual: torch.Tensor | None = None,
+    x1: None = None,
+    weight1: None = None,
+    bias1: None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rms_norm` under the name and with the arguments of mamba_ssm.
+
+    Args:
+        x, weight, residual, eps: as in :func:`rms_norm`, eps 1e-6 by default.
+        prenorm: also return the sum s of x and residual, the residual stream of the next block.
+        residual_in_fp32: the stream that begins here, where there is no residual yet, is float32
+            (float64 for float64 x). A residual that is given keeps its dtype.
+        bias, x1, weight1, bias1, dropout_p, rowscale, return_dropout_mask: these are here for the
+            order of the arguments; only their defaults are supported.
+
+    Returns:
+        y (..., D) in x's dtype; with ``prenorm`` ``(y, s)``, s in the residual's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`rms_norm`, or an argument that is not supported is given.
+
+    Source: drop-in for ``mamba_ssm.ops.triton.layer_norm.rms_norm_fn``, which normalises s before
+    it is rounded to the residual's dtype, and has no default for ``bias``.
+    """
+    fn = "rms_norm_fn"
+    unsupported = dict(bias=bias, x1=x1, weight1=weight1, bias1=bias1, rowscale=rowscale)
+    for name, value in unsupported.items():
+        check(fn, value is None, "`{}` is not supported, expected None", name)
+    check(fn, dropout_p == 0, "`dropout_p` is not supported, expected 0, got {}", dropout_p)
+    check(fn, not return_dropout_mask, "`return_dropout_mask` is not supported, expected False")
+    check_arguments(fn, x, weight, residual, eps)
+    if residual is None:
+        y, total = op.rms_norm(x, weight, eps)[0], x.to(acc_dtype(x)) if residual_in_fp32 else x
+    else:
+        y, total, _ = op.add_rms_norm(x, residual, weight, eps)
+    return (y, total) if prenorm else y
 
 
 def check_arguments(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor
-from nemokernels.ops.selective_scan import op
+from nemokernels._plain import plain
+from nemokernels.ops.selective_scan import op, ref
 
-__all__ = ["selective_scan_fn"]
+__all__ = ["selective_scan_fn", "selective_scan_ref"]
 
 FN = "selective_scan_fn"
 
@@ -94,13 +95,43 @@ def selective_scan_fn(
     ):
         if value is not None or name == "delta":
             check_tensor(FN, name, value, shape=shape, dims=dims, **same)
-    u, delta, z = (None if t is None else t.transpose(1, 2) for t in (u, delta, z))
+    u, delta, B, C, z = map(_by_token, (u, delta, B, C, z))
     out, last = op.selective_scan(
-        u, delta, A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2), D, z, delta_bias,
-        initial_states, cu_seqlens, delta_softplus,
+        u, delta, A, B, C, D, z, delta_bias, initial_states, cu_seqlens, delta_softplus
+    )
+    out = out.transpose(1, 2)
+    return (out, last) if return_last_state else out
+
+
+def selective_scan_ref(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`selective_scan_fn` in plain torch: any device, with its gradients, unchecked shapes.
+
+    Source: drop-in for ``mamba_ssm.ops.selective_scan_interface``; its argument order.
+    """
+    B, C = (t[:, None] if t.dim() == 3 else t for t in (B, C))
+    u, delta, B, C, z = map(_by_token, (u, delta, B, C, z))
+    out, last = plain(
+        ref.forward, ref.backward, range(9),
+        u, delta, A, B, C, D, z, delta_bias, None, None, delta_softplus,
     )  # fmt: skip
     out = out.transpose(1, 2)
     return (out, last) if return_last_state else out
+
+
+def _by_token(value: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, ..., L) to (B, L, ...)."""
+    return None if value is None else value.movedim(-1, 1)
 
 
 def _grouped(name: str, value: torch.Tensor, sizes: tuple, same: dict) -> torch.Tensor:

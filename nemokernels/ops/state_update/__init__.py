@@ -6,9 +6,9 @@ import torch
 
 from nemokernels._checks import FLOATS, check, check_tensor, check_unshared
 from nemokernels._philox import rounding_seed
-from nemokernels.ops.state_update import op
+from nemokernels.ops.state_update import op, ref
 
-__all__ = ["selective_state_update"]
+__all__ = ["selective_state_update", "selective_state_update_ref"]
 
 FN = "selective_state_update"
 INTEGERS = (torch.int32, torch.int64)
@@ -133,15 +133,49 @@ def selective_state_update(
     _check_slots(slots, T, state_batch_indices, dst_state_batch_indices, num_accepted_tokens,
                  cu_seqlens, state.device)  # fmt: skip
     seed = rounding_seed(FN, seed, philox_rounds, state)
-    if not heads:
-        state, x, dt, B, C = (t.unsqueeze(1) for t in (state, x, dt, B, C))
-        A, D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_bias))
-        z = None if z is None else z.unsqueeze(1)
     y = op.selective_state_update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices,
+        *_with_heads(state, x, dt, A, B, C, D, z, dt_bias), dt_softplus, state_batch_indices,
         dst_state_batch_indices, num_accepted_tokens, cu_seqlens, seed, philox_rounds,
     )  # fmt: skip
     return y if heads else y.squeeze(1)
+
+
+def selective_state_update_ref(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+) -> torch.Tensor:
+    """:func:`selective_state_update` in plain torch: any device, no gradient, unchecked shapes.
+
+    Raises:
+        RuntimeError: an input requires a gradient.
+
+    Source: drop-in for ``mamba_ssm.ops.triton.selective_state_update``, whose reference has a
+    gradient and takes y from the state as it is stored; its argument order.
+    """
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError("selective_state_update_ref writes into `state` and has no gradient; "
+                           "call it under torch.no_grad() or detach its inputs")  # fmt: skip
+    with torch.no_grad():
+        y = ref.forward(*_with_heads(*tensors), dt_softplus, None, None, None, None, None, 1)
+    return y if state.dim() == 4 else y.squeeze(1)
+
+
+def _with_heads(state, x, dt, A, B, C, D, z, dt_bias) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of Mamba-1's form with one head and one group; others as they are."""
+    if state.dim() == 4:
+        return state, x, dt, A, B, C, D, z, dt_bias
+    state, x, dt, B, C = (t.unsqueeze(1) for t in (state, x, dt, B, C))
+    A, D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (A, D, dt_bias))
+    return state, x, dt, A, B, C, D, None if z is None else z.unsqueeze(1), dt_bias
 
 
 def _tied(name: str, value, shape: tuple, axes: int, dims: str, common: dict) -> torch.Tensor:
