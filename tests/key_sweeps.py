@@ -55,10 +55,25 @@ def attention(call, rows, tokens, slices, packed=False, slopes=False, rule=(None
 
 
 def attention_with_cache(call, rows, tokens, slices, dtype=torch.bfloat16, rule=(None, 0)):
-    q, k, v = heads(*slices((rows, tokens), 64, 32, 32))
+    q, k, v = heads(*slices((rows, tokens), 96, 32, 32))
     caches = [t.to(dtype) for t in heads(*slices((rows, tokens + 1), 32, 32))]
     call("attention_with_cache", q, k, v, *caches, ints(rows), ints(rows), None, 0.1, *rule, 1.0,
          1.0)  # fmt: skip
+
+
+def mtp_verify(call, rows, tokens, slices, sampled=False, cut=False):
+    """As many requests as there are tokens; one draft or fifteen."""
+    drafts = max(rows - 1, 1)
+    (logits,) = slices((tokens, drafts + 1), 48)
+    probs, knobs = None, [None] * 3
+    if sampled:
+        (probs,) = slices((tokens, drafts), 48)
+        knobs = [zeros(tokens), None, None]
+    if cut:
+        knobs = [zeros(tokens), ints(tokens), zeros(tokens)]
+    ids = zeros(tokens, drafts, dtype=torch.int64)
+    seeds = ids.new_zeros(tokens)
+    call("mtp_verify", logits, ids, ints(tokens), probs, *knobs, seeds, seeds, seeds)
 
 
 SWEEPS = (
@@ -73,4 +88,5 @@ SWEEPS = (
         attention_with_cache,
         ({}, dict(dtype=torch.float8_e4m3fn), dict(rule=(9, 32))),
     ),
+    Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

@@ -118,9 +118,9 @@ def test_thresholds(knob, row):
     peak = row.max().expand(batch, 1, 1).contiguous()
     least, mass = torch.empty(2, batch, 1)
     kernel.mtp_verify_cut_kernel[(batch,)](
-        logits, None, temperature, top_k, top_p, peak, least, mass, 1, vocab, logits.stride(),
-        HAS_LENGTHS=False, HAS_TOP_K=knob == "top_k", HAS_TOP_P=knob == "top_p", BLOCK=16,
-        BLOCKS=1, BLOCK_CUT=4,
+        logits, None, temperature, top_k, top_p, peak, least, mass, 1, vocab, logits.stride(0),
+        logits.stride()[1:], ROWS=1, HAS_LENGTHS=False, HAS_TOP_K=knob == "top_k",
+        HAS_TOP_P=knob == "top_p", BLOCK=16, BLOCKS=1, BLOCK_CUT=4,
     )  # fmt: skip
     p = torch.from_numpy(np.exp((row - row.max()).numpy()))  # the interpreter's, to the last bit
     want = ref.target(logits, logits.amax(-1), temperature, top_k, top_p)[:, 0]

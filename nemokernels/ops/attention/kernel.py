@@ -243,7 +243,7 @@ def with_cache(
         BLOCK_D=config.block_d, num_warps=1,
     )  # fmt: skip
     sums = q.new_empty(rows, tokens, heads, parts, dim, dtype=torch.float32)
-    top, total = q.new_empty(2, rows, tokens, heads, parts, dtype=torch.float32)
+    top, total = (sums.new_empty(sums.shape[:-1]) for _ in range(2))
     attention_part_kernel[(rows * tokens * groups * parts,)](
         q, k_cache, v_cache, lengths, slots, slopes, sums, top, total, scale * k_scale, window,
         global_tokens, tokens, held, room, groups, heads, dim, parts, *axes(q, k_cache, v_cache),

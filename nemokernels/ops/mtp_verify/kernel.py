@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, offset_of
-from nemokernels._triton import cdiv, contiguous, next_power_of_2
+from nemokernels._tl import offset64, offset_in_row, row_offset
+from nemokernels._triton import cdiv, contiguous, next_power_of_2, row_divisor
+
+LENGTHS = ["rows", "stride_logits", "stride_drafts", "stride_probs", "stride_seed"]
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def _total(sum_ptr, at, inside, peaks, peak, heat):
     return tl.sum(tl.where(peaks > float("-inf"), sums * tl.exp((peaks - peak) / heat), 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_logits"])
 def mtp_verify_rows_kernel(
     logits_ptr,
     lengths_ptr,
@@ -63,7 +65,9 @@ def mtp_verify_rows_kernel(
     heated_ptr,
     rows,
     vocab,
+    stride_logits,
     logits_strides,
+    ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,7 +78,7 @@ def mtp_verify_rows_kernel(
     request = tl.program_id(0) // blocks // rows
     if row <= _draft_length(lengths_ptr, request, rows - 1, HAS_LENGTHS):
         column = block * BLOCK + tl.arange(0, BLOCK)
-        at = offset_of(request, row, column, logits_strides)
+        at = row_offset(request, stride_logits, ROWS) + offset_in_row(row, column, logits_strides)
         x = tl.load(logits_ptr + at, mask=column < vocab, other=float("-inf")).to(tl.float32)
         x = tl.where(x == x, x, float("inf"))  # both leave a row without distribution
         peak, best = tl.max(x, 0, return_indices=True)
@@ -138,7 +142,7 @@ def _threshold(
     return tl.minimum(base, 0x3F800000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_logits"])
 def mtp_verify_cut_kernel(
     logits_ptr,
     lengths_ptr,
@@ -150,7 +154,9 @@ def mtp_verify_cut_kernel(
     mass_ptr,
     rows,
     vocab,
+    stride_logits,
     logits_strides,
+    ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
@@ -165,22 +171,23 @@ def mtp_verify_cut_kernel(
     if live and heat > 0.0:
         at = offset64(request, rows) + row
         _, _, _, peak = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
-        row_ptr = logits_ptr + offset_of(request, row, 0, logits_strides)
+        row_ptr = logits_ptr + row_offset(request, stride_logits, ROWS)
+        row_ptr += offset64(row, logits_strides[0])
         if tl.abs(peak) < float("inf"):
             least = 0.0
             if HAS_TOP_K:
                 top_k = tl.load(top_k_ptr + request).to(tl.int64)
                 if top_k > 0 and top_k < vocab:
-                    least = _threshold(row_ptr, vocab, logits_strides[2], peak, heat, least, top_k,
+                    least = _threshold(row_ptr, vocab, logits_strides[1], peak, heat, least, top_k,
                                        False, BLOCK_CUT)  # fmt: skip
-            mass = _mass(row_ptr, vocab, logits_strides[2], peak, heat, least, BLOCK_CUT)
+            mass = _mass(row_ptr, vocab, logits_strides[1], peak, heat, least, BLOCK_CUT)
             if HAS_TOP_P:
                 top_p = tl.load(top_p_ptr + request).to(tl.float64)
                 if top_p < 1.0:
-                    larger = _threshold(row_ptr, vocab, logits_strides[2], peak, heat, least,
+                    larger = _threshold(row_ptr, vocab, logits_strides[1], peak, heat, least,
                                         top_p * mass, True, BLOCK_CUT)  # fmt: skip
                     least = tl.maximum(least, larger)
-                    mass = _mass(row_ptr, vocab, logits_strides[2], peak, heat, least, BLOCK_CUT)
+                    mass = _mass(row_ptr, vocab, logits_strides[1], peak, heat, least, BLOCK_CUT)
             tl.store(least_ptr + at, least)
             tl.store(mass_ptr + at, mass.to(tl.float32))
 
@@ -197,14 +204,14 @@ def _target(
 
 
 @triton.jit
-def _draft(drafts_ptr, request, row, live, vocab, strides):
+def _draft(drafts_ptr, request, row, live, vocab, stride_drafts, stride_draft):
     # A draft where live, and whether it is a token of the vocabulary.
-    at = offset64(request, strides[0]) + offset64(row, strides[1])
+    at = offset64(request, stride_drafts) + offset64(row, stride_draft)
     draft = tl.load(drafts_ptr + at, mask=live, other=-1).to(tl.int64)
     return draft, (draft >= 0) & (draft < vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def mtp_verify_accept_kernel(
     logits_ptr,
     drafts_ptr,
@@ -225,10 +232,14 @@ def mtp_verify_accept_kernel(
     logprobs_ptr,
     rows,
     vocab,
+    stride_logits,
     logits_strides,
-    drafts_strides,
+    stride_drafts,
+    stride_draft,
+    stride_probs,
     probs_strides,
     stride_seed,
+    ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     SAMPLED: tl.constexpr,
@@ -243,6 +254,7 @@ def mtp_verify_accept_kernel(
     accepted = tl.where(length < 0, -1, 0)
     token = tl.full((), 0, tl.int64)
     going = length >= 0
+    logits_ptr += row_offset(request, stride_logits, ROWS)
     while going:
         at = offset64(request, rows) + accepted
         block_at, inside, peaks, peak = _block_peaks(peak_ptr, at, vocab, BLOCK, BLOCKS)
@@ -250,8 +262,10 @@ def mtp_verify_accept_kernel(
         bests = tl.load(best_ptr + block_at, mask=inside & (peaks == peak), other=vocab)
         best = tl.min(bests, 0).to(tl.int64)
         live = sound & (accepted < length)
-        draft, live = _draft(drafts_ptr, request, accepted, live, vocab, drafts_strides)
-        logit_at = offset_of(request, accepted, draft, logits_strides)
+        draft, live = _draft(
+            drafts_ptr, request, accepted, live, vocab, stride_drafts, stride_draft
+        )
+        logit_at = offset_in_row(accepted, draft, logits_strides)
         logit = tl.load(logits_ptr + logit_at, mask=live, other=0.0).to(tl.float32)
         keep = live & (draft == best)
         if SAMPLED:
@@ -262,7 +276,8 @@ def mtp_verify_accept_kernel(
                 p = tl.where(p >= least, p, 0.0) / mass
                 q = 1.0
                 if HAS_PROBS:
-                    q_at = offset_of(request, accepted, draft, probs_strides)
+                    q_at = row_offset(request, stride_probs, ROWS)
+                    q_at += offset_in_row(accepted, draft, probs_strides)
                     q = tl.load(probs_ptr + q_at).to(tl.float32)
                 seed = tl.load(seed_ptr + offset64(request, stride_seed))
                 word = _philox(seed, ids_ptr, positions_ptr, request, accepted, 0)[0]
@@ -317,7 +332,7 @@ def _race(weight, noise):
     return tl.max(tl.where(weight > 0.0, weight / noise, -1.0), 0, return_indices=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def mtp_verify_draw_kernel(
     logits_ptr,
     drafts_ptr,
@@ -336,10 +351,14 @@ def mtp_verify_draw_kernel(
     winner_ptr,
     rows,
     vocab,
+    stride_logits,
     logits_strides,
-    drafts_strides,
+    stride_drafts,
+    stride_draft,
+    stride_probs,
     probs_strides,
     stride_seed,
+    ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
     HAS_CUT: tl.constexpr,
@@ -361,13 +380,17 @@ def mtp_verify_draw_kernel(
                                   peak, heat, HAS_CUT)  # fmt: skip
             start = block * BLOCK_DRAW
             column = start + tl.arange(0, BLOCK_DRAW)
-            row_ptr = logits_ptr + offset_of(request, accepted, 0, logits_strides)
-            p = _heated(row_ptr, start, vocab, logits_strides[2], peak, heat, least, BLOCK_DRAW)
+            row_ptr = logits_ptr + row_offset(request, stride_logits, ROWS)
+            row_ptr += offset64(accepted, logits_strides[0])
+            p = _heated(row_ptr, start, vocab, logits_strides[1], peak, heat, least, BLOCK_DRAW)
             p = p / mass
             more = accepted < _draft_length(lengths_ptr, request, rows - 1, HAS_LENGTHS)
-            draft, rejected = _draft(drafts_ptr, request, accepted, more, vocab, drafts_strides)
+            draft, rejected = _draft(
+                drafts_ptr, request, accepted, more, vocab, stride_drafts, stride_draft
+            )
             if HAS_PROBS:
-                q_at = offset_of(request, accepted, column, probs_strides)
+                q_at = row_offset(request, stride_probs, ROWS)
+                q_at += offset_in_row(accepted, column, probs_strides)
                 q = tl.load(probs_ptr + q_at, mask=(column < vocab) & rejected, other=0.0)
                 q = q.to(tl.float32)
                 rest = tl.where(p > q, p - q, 0.0)
@@ -399,7 +422,7 @@ def _winner(score_ptr, winner_ptr, at, blocks, vocab, BLOCKS_DRAW: tl.constexpr)
     return score, tl.min(winners, 0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_logits"])
 def mtp_verify_finish_kernel(
     logits_ptr,
     temperature_ptr,
@@ -412,7 +435,9 @@ def mtp_verify_finish_kernel(
     logprobs_ptr,
     rows,
     vocab,
+    stride_logits,
     logits_strides,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_DRAW: tl.constexpr,
@@ -430,7 +455,8 @@ def mtp_verify_finish_kernel(
             score, token = _winner(score_ptr, winner_ptr, first, blocks, vocab, BLOCKS_DRAW)
             _, plain = _winner(score_ptr, winner_ptr, first + blocks, blocks, vocab, BLOCKS_DRAW)
             token = tl.where(score >= 0.0, token, plain)
-            logit = tl.load(logits_ptr + offset_of(request, accepted, token, logits_strides))
+            logits_ptr += row_offset(request, stride_logits, ROWS)
+            logit = tl.load(logits_ptr + offset_in_row(accepted, token, logits_strides))
             log_sum = tl.log(_total(sum_ptr, block_at, inside, peaks, peak, 1.0))
             tl.store(token_ptr + request, token)
             tl.store(logprobs_ptr + at, logit.to(tl.float32) - peak - log_sum)
@@ -452,18 +478,24 @@ def verify(
     sampled = temperature is not None
     cut = sampled and (top_k is not None or top_p is not None)
     blocks = cdiv(vocab, config.block)
-    peak, total, heated = logits.new_empty(3, batch, rows, blocks, dtype=torch.float32)
+    # Each by itself: where a part of a larger one begins would depend on the batch, and so would
+    # what is compiled.
+    peak, total, heated = (
+        logits.new_empty(batch, rows, blocks, dtype=torch.float32) for _ in range(3)
+    )
     best = logits.new_empty(batch, rows, blocks, dtype=torch.int32)
-    least, mass = logits.new_empty(2, batch, rows, dtype=torch.float32)
-    sizes = rows, vocab, logits.stride()
-    strides = (drafts.stride(), (0, 0, 0) if probs is None else probs.stride(),
+    least, mass = (logits.new_empty(batch, rows, dtype=torch.float32) for _ in range(2))
+    sizes = rows, vocab, logits.stride(0), logits.stride()[1:]
+    probs_strides = (0, 0, 0) if probs is None else probs.stride()
+    strides = (*drafts.stride(), probs_strides[0], probs_strides[1:],
                seed.stride(0) if seed.shape[0] > 1 else 0)  # fmt: skip
     random = seed, request_ids, positions
-    split = dict(BLOCK=config.block, BLOCKS=next_power_of_2(blocks))
+    apart = row_divisor(logits, probs)
+    split = dict(ROWS=apart, BLOCK=config.block, BLOCKS=next_power_of_2(blocks))
     has_lengths, has_probs = lengths is not None, probs is not None
     mtp_verify_rows_kernel[(batch * rows * blocks,)](
-        logits, lengths, temperature, peak, best, total, heated, *sizes, HAS_LENGTHS=has_lengths,
-        SAMPLED=sampled, BLOCK=config.block, num_warps=config.num_warps,
+        logits, lengths, temperature, peak, best, total, heated, *sizes, ROWS=apart,
+        HAS_LENGTHS=has_lengths, SAMPLED=sampled, BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     if cut:
         mtp_verify_cut_kernel[(batch * rows,)](
@@ -475,7 +507,7 @@ def verify(
         logits, drafts, lengths, probs, temperature, *random, peak, best, total, heated, least,
         mass, accepted, token, logprobs, *sizes, *strides, HAS_LENGTHS=has_lengths,
         HAS_PROBS=has_probs, SAMPLED=sampled, HAS_CUT=cut, **split,
-        BLOCK_ROWS=next_power_of_2(rows), num_warps=1,
+        BLOCK_ROWS=max(next_power_of_2(rows), 32), num_warps=1,
     )  # fmt: skip
     if sampled:
         parts = cdiv(vocab, config.block_draw)
