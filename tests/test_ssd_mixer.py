@@ -1,9 +1,12 @@
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nemokernels import mamba_split_conv1d_scan_combined as mixer
 from nemokernels import rmsnorm_fn
+from nemokernels.ops.ssd import projection
 
 HEADS, WIDTH, GROUPS, STATE, TAPS, INNER = 4, 3, 2, 5, 4, 12
 CHANNELS = INNER + 2 * GROUPS * STATE
@@ -153,23 +156,24 @@ def test_short_rows(length):
         close(out, dense(**args))
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("cast", [False, True])
+def test_compiles_to_one_graph(cast):
+    torch.compiler.reset()
     args = inputs(batch=1, dtype=torch.float32)
     bounds = torch.tensor([0, 4, 9]).int()
-    fn = lambda a: run(a, cu_seqlens=bounds, norm_before_gate=False)  # noqa: E731
+
+    def fn(a):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return run(a, cu_seqlens=bounds, norm_before_gate=False)
+
     want = torch.autograd.grad(fn(args).sum(), list(args.values()))
     out = torch.compile(fn, fullgraph=True, backend="aot_eager")(args)
     got = torch.autograd.grad(out.sum(), list(args.values()))
     assert torch.equal(out, fn(args)) and all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-@pytest.mark.parametrize("gated_by", ["norm", "scan"])
-def test_keeps_no_more_than_it_says(gated_by):
-    """Beside views of zxbcdt and the parameters: the scan's output, once."""
-    args = inputs(batch=2, length=40, dtype=torch.float32)
-    args = {n: t for n, t in args.items() if not n.startswith("outproj")}
-    if gated_by == "scan":
-        del args["rmsnorm_weight"]
+def kept_by(args, **options):
+    """What is saved beside the arguments: storage -> bytes."""
     given = {t.untyped_storage().data_ptr() for t in args.values()}
     kept = {}
 
@@ -180,11 +184,69 @@ def test_keeps_no_more_than_it_says(gated_by):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run(args, norm_before_gate=False)
-    scanned = 2 * 40 * INNER * 4
-    statistics = 2 * 40 * GROUPS * 4 if gated_by == "norm" else 0
-    assert scanned <= sum(kept.values()) <= scanned + statistics
+        out = run(args, norm_before_gate=False, **options)
     assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("gated_by", ["norm", "norm, then projection", "scan"])
+def test_keeps_no_more_than_it_says(gated_by):
+    """Beside views of zxbcdt and the parameters: the scan's output, once."""
+    args = inputs(batch=2, length=40, dtype=torch.float32)
+    if gated_by == "scan":
+        del args["rmsnorm_weight"]
+    if "projection" not in gated_by:
+        args = {n: t for n, t in args.items() if not n.startswith("outproj")}
+    scanned = 2 * 40 * INNER * 4
+    statistics = 2 * 40 * GROUPS * 4 if "norm" in gated_by else 0
+    assert scanned <= kept_by(args) <= scanned + statistics
+
+
+def test_a_projection_keeps_of_an_mlp_what_the_mlp_keeps():
+    args = inputs(batch=2, length=40, mlp=5, dtype=torch.float32)
+    activated = 2 * 40 * 5 * 4  # silu(gate), and its product with the value
+    scanned, statistics = 2 * 40 * INNER * 4, 2 * 40 * GROUPS * 4
+    assert kept_by(args) <= scanned + statistics + 2 * activated
+
+
+@pytest.mark.parametrize("mlp", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("without", [(), ("outproj_bias",)])
+def test_projection_equals_linear_bit_for_bit(mlp, dtype, cast, without):
+    """Its gradients too, though it reads what it has not kept."""
+    args = {n: t for n, t in inputs(mlp=mlp, dtype=dtype).items() if n not in without}
+    before = {n: t for n, t in args.items() if not n.startswith("outproj")}
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        got = run(args, norm_before_gate=False)
+        y = run(before, norm_before_gate=False)
+        want = F.linear(y, args["outproj_weight"], args.get("outproj_bias"))
+    grad, leaves = torch.randn_like(got), list(args.values())
+    assert torch.equal(got, want)
+    pairs = zip(*(torch.autograd.grad(o, leaves, grad) for o in (got, want)))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("wanted", [*NAMES, ""])
+def test_gradient_of_one_argument_alone(wanted):
+    """The others are frozen."""
+    args = {n: t.detach() for n, t in inputs(mlp=2).items()}
+    out = run(args)
+    assert not out.requires_grad
+    if wanted:
+        args[wanted].requires_grad_()
+        got, want = run(args), dense(**args)
+        grad = torch.randn_like(got)
+        close(*(torch.autograd.grad(o, args[wanted], grad)[0] for o in (got, want)))
+
+
+def test_a_frozen_projection_normalises_once():
+    args = inputs()
+    args["outproj_weight"].requires_grad_(False)
+    out = run(args)
+    with mock.patch.object(projection.gated_norm, "gated_rms_norm", side_effect=AssertionError):
+        out.sum().backward()
+    assert args["zxbcdt"].grad is not None and args["outproj_bias"].grad is not None
 
 
 def test_double_backward_raises():

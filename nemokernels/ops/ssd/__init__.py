@@ -13,6 +13,7 @@ from nemokernels.ops.causal_conv1d import check_filter, is_silu
 from nemokernels.ops.gated_rms_norm import check_arguments
 from nemokernels.ops.ssd import op
 from nemokernels.ops.ssd.mixer import Sizes, mix
+from nemokernels.ops.ssd.projection import project
 
 __all__ = ["mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
 
@@ -157,7 +158,8 @@ def mamba_split_conv1d_scan_combined(
     softplus is always on. **Nemotron passes norm_before_gate=False**; the default is the peer's.
     It is composed of the three ops; their backwards fill one gradient of zxbcdt. The output
     projection follows autocast, nothing else does. For the backward it keeps zxbcdt, the scan's
-    output and the small tensors; the convolution is computed again.
+    output and the small tensors; the convolution and the norm are computed again. An output
+    projection without a norm keeps what it reads.
 
     Args:
         zxbcdt: (B, T, 2*M + 2*H*P + 2*G*N + H), float32, bfloat16, float16 or float64.
@@ -244,20 +246,25 @@ def mamba_split_conv1d_scan_combined(
     )  # fmt: skip
     if rmsnorm_weight is not None:
         check_arguments(fn, z, rmsnorm_weight, None, None, rmsnorm_eps, inner // ngroups)
-    y, final = mix(
+    eps = float(rmsnorm_eps)
+    y, final, scanned = mix(
         mixed, conv1d_weight, conv1d_bias, A, D, dt_bias, rmsnorm_weight, initial_states, seq_idx,
-        cu_seqlens, sizes=sizes, silu=is_silu(fn, activation),
-        norm=(float(rmsnorm_eps), norm_before_gate),
+        cu_seqlens, sizes=sizes, silu=is_silu(fn, activation), norm=(eps, norm_before_gate),
         options=(chunk_size, True, *map(float, dt_limit), state_dtype),
     )  # fmt: skip
     if norm is not None:
         y = norm(sizes.per_head(y), outside)
         return (y, final) if return_final_states else y
+    beside = None
     if mlp:
         gate, value = outside.chunk(2, dim=-1)
-        y = torch.cat([F.silu(gate) * value, y], dim=-1)
-    if outproj_weight is not None:
-        y = F.linear(y, outproj_weight, outproj_bias)
+        beside = F.silu(gate) * value
+    if outproj_weight is not None and rmsnorm_weight is not None:
+        again = (scanned, rmsnorm_weight, None, z, eps, inner // ngroups, norm_before_gate)
+        y = project(y, beside, outproj_weight, outproj_bias, again)
+    else:
+        y = y if beside is None else torch.cat([beside, y], dim=-1)
+        y = y if outproj_weight is None else F.linear(y, outproj_weight, outproj_bias)
     return (y, final) if return_final_states else y
 
 

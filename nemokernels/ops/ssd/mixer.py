@@ -232,14 +232,15 @@ def mix(
     silu: bool,
     norm: tuple[float, bool],
     options: tuple,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gated scan of the convolved part of zxbcdt (B, T, H*P), and its last states.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gated scan of the convolved part of zxbcdt (B, T, H*P), its last states, and what the
+    backward keeps of the scan: its output before the gate, if there is one.
 
     ``norm`` are the norm's eps and norm_before_gate, ``options`` those of the scan's operator.
     Arguments are taken as checked.
     """
-    out, final, _, _ = _Mixer.apply(
+    out, final, scanned, _ = _Mixer.apply(
         zxbcdt, conv_weight, conv_bias, A, D, dt_bias, norm_weight, initial_states, seq_idx,
         cu_seqlens, sizes, silu, norm, options,
     )  # fmt: skip
-    return out, final
+    return out, final, scanned
