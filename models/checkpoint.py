@@ -42,6 +42,7 @@ from nemokernels.models.quantization import (
     Scheme,
     check_layers,
     is_scale,
+    nvfp4_of,
     parse_scheme,
 )
 from nemokernels.models.reward_config import RewardConfig
@@ -396,5 +397,4 @@ def read_value(
         return part("weight")
     if source.algorithm == "FP8":
         return nemokernels.dequantize_fp8(part("weight"), part("weight_scale"), dtype=dtype)
-    parts = map(part, ("weight", "weight_scale", "weight_scale_2"))
-    return nemokernels.dequantize_nvfp4(*parts, dtype=dtype)
+    return nemokernels.dequantize_nvfp4(*nvfp4_of(source.module, part), dtype=dtype)

@@ -28,6 +28,7 @@ from nemokernels import (
 from nemokernels.models import names
 from nemokernels.models.linear import Linear, each_row
 from nemokernels.models.mixers import Wide
+from nemokernels.models.quantization import nvfp4_of
 
 FORMATS = {"FP8": "FP8", "NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4"}
 LARGEST = 6 * 448  # of E2M1 and of a block scale: an amax is this many static scales
@@ -243,11 +244,7 @@ def _takes_w4a4(groups: dict[str, list], read: Callable) -> bool:
 
 
 def _weight(source, read: Callable, arrange: Callable) -> NamedTuple:
-    parts = [read(source, leaf) for leaf in ("weight", "weight_scale", "weight_scale_2")]
-    try:
-        return arrange(NVFP4(*parts))
-    except ValueError as error:
-        raise ValueError(f"{source.module}: {error}") from None
+    return arrange(nvfp4_of(source.module, lambda leaf: read(source, leaf)))
 
 
 def _stacked(weights: Iterable[NamedTuple], count: int, device: torch.device) -> NamedTuple:

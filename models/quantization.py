@@ -14,10 +14,12 @@ to an FP8 KV cache and are 1 where absent.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from nemokernels import NVFP4
 from nemokernels.models.files import CheckpointError, Problems, StoredTensor
 from nemokernels.models.names import is_linear
 
@@ -165,6 +167,19 @@ def stored_as(module: str, tensors: dict[str, StoredTensor]) -> str | None:
     if weight.dtype == torch.uint8:
         return "NVFP4" if f"{module}.input_scale" in tensors else "W4A16_NVFP4"
     return None
+
+
+def nvfp4_of(module: str, read: Callable[[str], torch.Tensor]) -> NVFP4:
+    """The NVFP4 weight of a layer, whose parts ``read`` returns by their leaf names.
+
+    Raises:
+        CheckpointError: a block scale is negative; no quantiser writes one, and matrix units that
+            multiply NVFP4 take it for positive.
+    """
+    weight = NVFP4(*map(read, ("weight", "weight_scale", "weight_scale_2")))
+    if (weight.scales.view(torch.uint8) > 127).any():
+        raise CheckpointError(f"{module}.weight_scale: holds a negative block scale")
+    return weight
 
 
 def companions(

@@ -145,14 +145,21 @@ def test_refused(tmp_path):
     model = from_pretrained(folder_of(tmp_path, layers), keep_quantized=True)
     with pytest.raises(ValueError, match="keeps quantised layers; load it without"):
         save_pretrained(model, tmp_path / "b")
-    rows, columns = SHAPES[f"{INPUT}.weight"]
-    negative = torch.full((rows, columns // 16), -1.0).to(torch.float8_e4m3fn)
-    folder = folder_of(tmp_path, layers)
-    values = plain()
-    quantise(values, INPUT, "NVFP4")
-    folder = write(tmp_path / "c", values | {f"{INPUT}.weight_scale": negative}, mixed(layers))
-    with pytest.raises(CheckpointError, match=f"{INPUT}: tile_nvfp4: `scales` holds a negative"):
-        from_pretrained(folder, keep_quantized=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(keep_quantized=True), dict(keep_quantized=True, activations="nvfp4")]
+)
+@pytest.mark.parametrize("module", [INPUT, EXPERT])
+def test_a_negative_block_scale_is_refused(tmp_path, module, options):
+    rows, columns = SHAPES[f"{module}.weight"]
+    scales = torch.ones(rows, columns // 16)
+    scales[rows // 2, 0] = -1
+    changes = {f"{module}.weight_scale": scales.to(torch.float8_e4m3fn)}
+    folder = folder_of(tmp_path, dict.fromkeys([INPUT, *EXPERTS], "NVFP4"), **changes)
+    message = f"{folder}: {module}.weight_scale: holds a negative block scale"
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(folder, **options)
 
 
 def test_experts_are_kept_byte_for_byte(tmp_path):
