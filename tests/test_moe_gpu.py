@@ -91,6 +91,16 @@ def test_random_routings():
         check(*problem(tokens, experts, top_k, 72, 40, torch.bfloat16, skew=tokens % 9))
 
 
+def test_loads():
+    """Tokens per expert, exactly."""
+    loads = torch.tensor([0, 1, 7, 127, 129, 0])
+    x, up, down, _, dy = problem(264, 6, 1, 72, 40, torch.bfloat16)
+    chosen = torch.arange(6).repeat_interleave(loads)[torch.randperm(264)]
+    route = moe_route(20.0 * torch.nn.functional.one_hot(chosen, 6).float(), top_k=1)
+    assert torch.equal(route.counts.long(), loads)
+    check(x, up, down, route, dy)
+
+
 def test_all_to_one_expert():
     x, up, down, route, dy = problem(300, 5, 1, 64, 72, torch.bfloat16, skew=200.0)
     assert route.counts[4] == 300

@@ -1,4 +1,5 @@
-"""What the launchers of the experts allocate for the models' layers at full size; their passes.
+"""What the launchers of the experts allocate for the models' layers at full size; their passes;
+how many kernels a layer launches.
 
 Kernels do not run: the tensors are on the meta device, where sizes are all there is.
 """
@@ -93,6 +94,42 @@ def test_unquantised(name, tokens):
         assert held <= max(SLOT_BYTES, slots * config.rows.columns * 2) + 8 * slots + 16 * E
         copy = slots * X * 2
         assert copy <= SLOT_BYTES or held < copy - 16 * E, "a copy of x per slot"
+
+
+def launched(function):
+    """Names of the kernels in the order of their launches."""
+    names = []
+
+    def note(kernel, *_, **__):
+        names.append(kernel.__name__.removeprefix("moe_").removesuffix("_kernel"))
+
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", note):
+        function()
+    return names
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tokens", [1, 8, 64, 16384])
+def test_launches(name, tokens):
+    """Weights and ids in one; up to 1024 slots their counts, ends and order in a second, else in
+    three, whose pieces run side by side. Then the table of tiles and the two products, of which
+    the second and its sum are as many as there are passes."""
+    from nemokernels.ops.moe_experts import kernel
+    from nemokernels.ops.moe_route import kernel as routing
+    from nemokernels.ops.moe_route import op as moe_route
+
+    E, k, X, _ = MODELS[name]
+    slots, logits = tokens * k, meta(tokens, E, dtype=torch.float32)
+    planned = moe_route.plan(tokens, E, k, "", ("triton",), 132)
+    names = launched(lambda: routing.forward(logits, logits[0], k, 1, 1, True, 2.5, planned))
+    few = slots <= 1024
+    sort = ["route_order"] if few else ["route_count", "route_scan", "route_order"]
+    assert names == ["route_choose", *sort]
+    config = op.plan(slots, E, BF16, False, "", ("triton",), (9, 0))
+    names = launched(lambda: kernel.forward(*layer(name, tokens), config))
+    columns = columns_at_once(slots, X, 2, config.rows.columns, SLOT_BYTES)
+    passes = ["experts_rows", "experts_slot_sum"] * -(-X // columns)
+    assert names == ["experts_tiles", "experts_rows", *passes]
 
 
 def byte(*shape):

@@ -66,9 +66,16 @@ def test_all_to_one_expert(tokens):
     compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "small")
 
 
-@pytest.mark.parametrize("tokens", [7, 127, 129])
-def test_routings(tokens):
-    compare(make(tokens, 2 + tokens % 5, 2, 16, 16, per_row=tokens % 2 == 0), "wide")
+@pytest.mark.parametrize("per_row", [False, True])
+def test_loads(per_row):
+    loads = torch.tensor([0, 1, 7, 127, 129, 0])
+    chosen = torch.arange(6).repeat_interleave(loads)[torch.randperm(264)][:, None]
+    compare(make(264, 6, 1, 16, 16, per_row, chosen), "wide")
+
+
+def test_random_routings():
+    for tokens in range(1, 30, 4):
+        compare(make(tokens, 2 + tokens % 5, 2, 16, 16, per_row=tokens % 8 == 1), "wide")
 
 
 def test_no_tokens():

@@ -98,6 +98,16 @@ def test_all_to_one_expert(tokens):
         assert (grad[[0, 1, 2, 3, 5]] == 0).all() and grad[4].abs().sum() > 0
 
 
+@pytest.mark.parametrize("tile", ["swap", "tall"])
+def test_loads(tile):
+    loads = torch.tensor([0, 1, 7, 127, 129, 0])
+    chosen = torch.arange(6).repeat_interleave(loads)[torch.randperm(264)][:, None]
+    args, dy = make(264, 6, 1, 24, 16, chosen=chosen)
+    got = compare(args, dy, small(tile, True))
+    for grad in got[3:5]:
+        assert (grad[[0, 5]] == 0).all() and grad[1:5].flatten(1).any(1).all()
+
+
 def test_random_routings():
     for tokens in range(1, 30, 7):
         experts = 1 + tokens % 7

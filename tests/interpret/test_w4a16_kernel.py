@@ -94,9 +94,16 @@ def test_all_to_one_expert(tokens):
     compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "tall")
 
 
-@pytest.mark.parametrize("tokens, experts", [(7, 4), (127, 2), (129, 3)])
-def test_random_routings(tokens, experts):
-    compare(make(tokens, experts, 2, 16, 16), "tall")
+@pytest.mark.parametrize("tile", TILES)
+def test_loads(tile):
+    loads = torch.tensor([0, 1, 7, 127, 129, 0])
+    chosen = torch.arange(6).repeat_interleave(loads)[torch.randperm(264)][:, None]
+    compare(make(264, 6, 1, 16, 16, chosen=chosen), tile)
+
+
+def test_random_routings():
+    for tokens in range(1, 30, 7):
+        compare(make(tokens, 2 + tokens % 5, 2, 16, 16), "tall")
 
 
 def test_plans():
