@@ -78,6 +78,25 @@ def test_random_routings():
         compare(make(tokens, 2 + tokens % 5, 2, 16, 16, per_row=tokens % 8 == 1), "wide")
 
 
+def test_every_bit_of_the_hidden_layer():
+    """Identities in the place of matrices show it. It lies at ties of E4M3, so that the order of
+    operations decides: the square times the reciprocal of the scale."""
+    values = torch.arange(0x28, 0x58, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    square, tie = values.square(), 1 + (2 * (torch.arange(48) % 8) + 1) / 16
+    scale = square / tie
+    by_product, by_division = ((square * (1 / scale)), (square / scale))
+    hidden = by_product.to(torch.float8_e4m3fn).float()
+    assert not torch.equal(hidden, by_division.to(torch.float8_e4m3fn).float())
+    one = torch.eye(16).to(torch.float8_e4m3fn).view(torch.uint8).repeat(48, 1, 1)
+    x = values[:, None].repeat(1, 16).to(torch.float8_e4m3fn).view(torch.uint8)
+    _, offsets, order = route.group_rows(torch.arange(48)[:, None], 48)
+    got = kernel_fp8.forward(
+        x, torch.ones(1), one, torch.ones(48), scale, one, torch.ones(48), torch.ones(48, 1),
+        offsets, order, dtype=torch.float32, config=op.Config("triton", TILES["small"]),
+    )  # fmt: skip
+    assert torch.equal(got, (hidden * scale)[:, None].expand(48, 16))
+
+
 def test_no_tokens():
     args = make(0, 3, 2, 16, 16)
     config = op.Config("triton", TILES["small"])
