@@ -142,7 +142,10 @@ class MLP(nn.Module):
 
 
 class Router(Wide):
-    """Scores every token against every expert, in float32.
+    """Scores every token against every expert, in float32, autocast or not.
+
+    On a GPU that is what ``torch.set_float32_matmul_precision`` says: its default, "highest", is
+    float32; others multiply in TF32, which moves tokens to other experts.
 
     ``expert_counts`` adds up the tokens each expert received in training mode, for loss-free
     balancing; whoever moves ``e_score_correction_bias`` zeroes it. ``balance`` adds the auxiliary

@@ -130,6 +130,8 @@ def test_goals_of_the_experts():
         want[f"{four} and its router", label] = goal
     want[four, "nano3 16384"] = want[f"{eight} and its router", "nano3 16384"] = 0.60
     want[f"{layer} with its router", "nano3 16384"] = 0.75
+    pair = "quantize_nvfp4_pair, Hadamard, stochastic"
+    want[pair, "32768 x 4096"] = 0.65
     for (title, label), goal in want.items():
         assert goals.get((title, "forward", label)) == goal, (title, label)
     planned = {r.label: r for r in ROWS if r.subject.title.startswith("moe_route and the tiles")}

@@ -33,7 +33,8 @@ def moe_experts(
     Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros. Kept
     for them is the hidden layer (T * k, F), beside the arguments. On a GPU no (T * k, X) copy is
     made of x, y or their gradients once it took more than 384 MiB: the rows that leave the experts
-    are held a block of columns at a time (moe_experts/passes.py).
+    are held a block of columns at a time (moe_experts/passes.py). Only codes of activations in
+    NVFP4, 4.5 bits each, are copied to every slot.
 
     Weights in NVFP4 (W4A16): code times block scale is exact, the global scale multiplies the
     float32 sum, and nothing of the weight is rounded. In FP8 (W8A8): x and each hidden layer are
