@@ -106,6 +106,13 @@ def as_rows(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows can be loaded 16 bytes at a time: ``t`` itself or a copy."""
+    if t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
     """``t.contiguous()``; None stays None."""
     return None if t is None else t.contiguous()

@@ -1,4 +1,4 @@
-"""The Triton kernels of moe_route and moe_experts on a GPU."""
+"""The kernels of moe_route and moe_experts on a GPU."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemokernels import Route, moe_experts, moe_route, testing, use_backend
-from nemokernels.ops.moe_experts import op
+from nemokernels.ops.moe_experts import native, op
 from nemokernels.ops.moe_route import ref
 
 pytestmark = pytest.mark.gpu
@@ -67,7 +67,15 @@ def check(x, up, down, route, dy):
         rest = (t.to(x.device) for t in route[1:])
         return moe_experts(x, up, down, Route(weights, *rest))
 
-    on_gpu.compare(fn, [x, up, down, route.weights], [dy])
+    for backend in backends(up, down):
+        with use_backend("moe_experts", backend):
+            on_gpu.compare(fn, [x, up, down, route.weights], [dy])
+
+
+def backends(up, down):
+    """Which take these experts here."""
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    return ("triton", "csrc") if hopper and not native.refusal(up, down) else ("triton",)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,9 +138,11 @@ def test_repeats_and_graphs_have_the_same_bits(tokens):
         return *route, y, hidden, *grads, ops.moe_route_backward(dweights, logits, route[1],
                                                                  True, 1.0)  # fmt: skip
 
-    first = run()
-    assert on_gpu.same_bits(first, run())
-    assert on_gpu.same_bits(first, on_gpu.replay(run))
+    for backend in backends(up, down):
+        with use_backend("moe_experts", backend):
+            first = run()
+            assert on_gpu.same_bits(first, run())
+            assert on_gpu.same_bits(first, on_gpu.replay(run))
 
 
 def test_real_layer():
@@ -141,7 +151,10 @@ def test_real_layer():
     up = torch.randn(128, 1856, 2688, device="cuda").bfloat16() / 52
     down = torch.randn(128, 2688, 1856, device="cuda").bfloat16() / 43
     route = moe_route(torch.randn(1024, 128, device="cuda"), top_k=6)
-    y = moe_experts(x, up, down, route)
+    results = {}
+    for backend in backends(up, down):
+        with use_backend("moe_experts", backend):
+            results[backend] = moe_experts(x, up, down, route)
     for t in (0, 511, 1023):
         chosen = route.experts[t].long()
         args = [x[t : t + 1], up[chosen], down[chosen], route.weights[t : t + 1]]
@@ -150,7 +163,8 @@ def test_real_layer():
         low = moe_experts(*args[:3], alone)
         exact = moe_experts(*(a.double() for a in args[:3]),
                             alone._replace(weights=args[3].double()))  # fmt: skip
-        testing.assert_matches(y[t : t + 1], exact, low, f"token {t}")
+        for backend, y in results.items():
+            testing.assert_matches(y[t : t + 1], exact, low, f"token {t} by {backend}")
 
 
 def ref_of_one_token():

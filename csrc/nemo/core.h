@@ -119,11 +119,11 @@ NEMO_HD int64_t offset(int64_t index, int64_t stride, Rest... rest) {
 
 NEMO_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
-NEMO_HD T smaller(T a, T b) {
+NEMO_HD constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-NEMO_HD T larger(T a, T b) {
+NEMO_HD constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 

@@ -81,20 +81,24 @@ NEMO_HD Vec<T, kVec> load_vec(const T* p, int valid) {
   return out;
 }
 
+template <class T, int kVec>
+NEMO_HD void store_packed(T* p, const Vec<T, kVec>& out) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof out == 16) {
+    *reinterpret_cast<uint4*>(p) = {out.word[0], out.word[1], out.word[2], out.word[3]};
+  } else {
+    *reinterpret_cast<uint2*>(p) = {out.word[0], out.word[1]};
+  }
+#else
+  check_aligned(p, sizeof out);
+  std::memcpy(p, &out, sizeof out);
+#endif
+}
+
 template <bool kAligned, int kVec, class T>
 NEMO_HD void store_vec(T* p, const float (&values)[kVec], int valid) {
   if constexpr (kAligned) {
-    const Vec<T, kVec> out = from_floats<T>(values);
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof out == 16) {
-      *reinterpret_cast<uint4*>(p) = {out.word[0], out.word[1], out.word[2], out.word[3]};
-    } else {
-      *reinterpret_cast<uint2*>(p) = {out.word[0], out.word[1]};
-    }
-#else
-    check_aligned(p, sizeof out);
-    std::memcpy(p, &out, sizeof out);
-#endif
+    store_packed(p, from_floats<T>(values));
   } else {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {

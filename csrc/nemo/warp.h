@@ -52,7 +52,17 @@ NEMO_HD float high_half(uint32_t pair) {
 }
 template <class T>
 NEMO_HD uint32_t pack_halves(float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t out;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  }
+  return out;
+#else
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+#endif
 }
 
 // Element by element, each product rounded to T; subnormal numbers count.

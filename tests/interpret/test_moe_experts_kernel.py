@@ -1,6 +1,7 @@
 """The Triton kernels of moe_experts, interpreted, against the reference."""
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -223,6 +224,17 @@ def guarded():
     assert walls
 
 
+@pytest.mark.parametrize("tokens, width, hidden, most", [(40, 24, 40, 2**40), (9, 400, 16, 1)])
+def test_products_of_csrc(host_library, tokens, width, hidden, most):
+    """Tables, sums over slots and weight gradients in Triton, the products over rows in csrc."""
+    args, dy = make(tokens, 5, 2, width, hidden, F16)
+    plans = [op.plan(2 * tokens, 5, F16, way, "", ("csrc",), (9, 0)) for way in (False, True)]
+    assert [p.backend for p in plans] == ["csrc"] * 2
+    compare(args, dy, [dataclasses.replace(p, slot_bytes=most) for p in plans])
+    wide = torch.cat((dy, dy), 1)[:, 1 : width + 1]  # rows that are not aligned
+    compare(args, wide, plans)
+
+
 def test_overflow_and_dead_units():
     args, dy = make(20, 4, 2, 24, 16, F16)
     args[0][2] *= 3000
@@ -250,3 +262,21 @@ def test_plan():
     assert of(0, experts=0).backend == "triton"
     with pytest.raises(RuntimeError, match="got float64"):
         op.plan(8, 8, F32, False, "got float64", ("triton",), (9, 0))
+    both = (96, 8, F16, False, "")
+    assert op.plan(*both, ("triton", "csrc", "reference"), (9, 0)).backend == "triton"
+    assert op.plan(*both, ("csrc", "reference"), (9, 0)).backend == "csrc"
+    assert op.plan(*both, ("csrc", "reference"), (9, 0), "no").reason == "no"
+    with pytest.raises(RuntimeError, match="moe_experts: csrc takes widths"):
+        op.plan(*both, ("csrc",), (9, 0), "csrc takes widths")
+    assert op.plan_fp8(96, 8, "", ("csrc",), (9, 0)).backend == "triton"
+
+
+def test_a_table_that_names_csrc_where_it_cannot_run(monkeypatch):
+    args, _ = make(9, 5, 2, 24, 16, F16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(op._tuned, "tuned", lambda *a: dataclasses.replace(a[-1], backend="csrc"))
+    for backends, want in ((("triton", "csrc"), "csrc"), (("triton", "reference"), "triton")):
+        monkeypatch.setattr(op._backends, "usable", lambda *a, backends=backends: backends)
+        assert op._plan(*args).backend == want
+    monkeypatch.setattr(op._backends, "usable", lambda *a: ("triton", "csrc"))
+    assert op._plan(args[0].float(), *(w.float() for w in args[1:3]), *args[3:]).backend == "triton"

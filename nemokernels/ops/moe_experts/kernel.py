@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, squared_relu
 from nemokernels._triton import as_rows, cdiv
+from nemokernels.ops.moe_experts import native
 from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 
 TABLE_BLOCK = 32
@@ -297,10 +298,10 @@ def forward(x, up, down, weights, offsets, order, config):
 
 def backward(dy, x, up, down, weights, offsets, order, hidden, config):
     """As ref.backward."""
-    dy, x, hidden, weights = as_rows(dy), as_rows(x), as_rows(hidden), weights.contiguous()
+    dy, x, hidden, weights = as_rows(dy), as_rows(x), hidden.contiguous(), weights.contiguous()
     slots, top_k = order.shape[0], weights.shape[1]
     tiles = _Tiles(offsets, order, top_k, config)
-    blocks = cdiv(up.shape[1], config.rows.columns)
+    blocks = cdiv(up.shape[1], tiles.columns(down, "dhidden"))
     partial = torch.empty(blocks, slots, dtype=torch.float32, device=x.device)
     da = x.new_empty(slots, up.shape[1])
     tiles.multiply(dy, down, da, "dhidden", True, weights, hidden, partial)
@@ -317,15 +318,23 @@ class _Tiles:
     def __init__(self, offsets, order, top_k, config):
         self.offsets, self.order = offsets.contiguous(), order.contiguous()
         self.top_k, self.shape, self.slot_bytes = top_k, config.rows, config.slot_bytes
-        self.tma = config.tma and not config.rows.swap
-        self.expert, self.row = tile_table(self.offsets, order.shape[0], self.shape.rows)
+        self.native, self.tma = config.backend == "csrc", config.tma and not config.rows.swap
+        rows = native.ROWS if self.native else self.shape.rows
+        self.expert, self.row = tile_table(self.offsets, order.shape[0], rows)
         self.count = self.expert.shape[0]
+
+    def columns(self, b, part):
+        """Of a tile of a_r @ b_e."""
+        if not self.native:
+            return self.shape.columns
+        along = native.ALONG if b.stride(1) == 1 else native.ACROSS
+        return native.tile_columns(b.shape[2], native.GRADIENT if part == "dhidden" else along)
 
     def multiply_and_sum(self, a, b, weights, weighted):
         """The sum of each token's slots of a_r @ b_e, (T, width) in the dtype of a."""
         slots, width = a.shape[0], b.shape[2]
-        columns = columns_at_once(slots, width, a.element_size(), self.shape.columns,
-                                  self.slot_bytes)  # fmt: skip
+        unit = self.columns(b, "slots")
+        columns = columns_at_once(slots, width, a.element_size(), unit, self.slot_bytes)
         return in_passes(
             a.new_empty(slots, columns), a.new_empty(weights.shape[0], width),
             lambda rows, first: self.multiply(a, b, rows, "slots", False, first=first),
@@ -340,6 +349,11 @@ class _Tiles:
         grid = (self.count * cdiv(columns, shape.columns),)
         if not grid[0]:
             return out
+        if self.native:
+            return native.product(
+                a, b.mT, self.order, self.offsets, self.expert, self.row, self.top_k, part,
+                self.columns(b, part), out, first, weights, hidden, partial,
+            )  # fmt: skip
         k_inner = b.stride(1) == 1
         b_rows = b.mT if k_inner else b
         # A block that ran over the end of a matrix in k would meet the next expert's.

@@ -7,12 +7,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nemokernels import _backends, _triton, _tuned
+from nemokernels import _backends, _ext, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, register
-from nemokernels.ops.moe_experts import ref
+from nemokernels.ops.moe_experts import native, ref
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES
 
-FAMILY = family("moe_experts", {"triton": _triton.reason})
+
+def _native(device: torch.device) -> str | None:
+    # Its table of tiles, its sums over slots and the weights' gradients are Triton's.
+    why = _ext.reason(device) or _triton.reason(device)
+    if why is None and torch.cuda.get_device_capability(device) != (9, 0):
+        why = "its products are written for sm_90 alone"
+    return why
+
+
+# Which is faster has not been measured: csrc runs where a table of measured configurations names it
+# (nemokernels bench --tune), or when it is asked for.
+FAMILY = family("moe_experts", {"triton": _triton.reason, "csrc": _native})
 
 MOST_EXPERTS = 2048  # lanes of the program that lays out the tiles
 
@@ -38,10 +49,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """Which backend runs, its tiles over rows and for weight gradients; why not Triton if not.
+    """Which backend runs, its tiles over rows and for weight gradients; why none if none does.
 
-    ``tma``: operands whose layout allows it are loaded by the tensor memory accelerator.
-    ``slot_bytes``: the most that the results of all slots take at a time; see passes.py.
+    csrc chooses its tiles over rows itself. ``tma``: operands whose layout allows it are loaded by
+    the tensor memory accelerator. ``slot_bytes``: the most that the results of all slots take at a
+    time; see passes.py.
     """
 
     backend: str
@@ -60,13 +72,21 @@ def plan(
     unsupported: str,
     backends: tuple[str, ...],
     capability: tuple[int, int],
+    refusal: str = "",
 ) -> Config:
     """The configuration for so many slots over so many experts of ``dtype``.
+
+    ``unsupported``: why no kernel takes the tensors; ``refusal``: why csrc does not; empty if so.
 
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
     unsupported = unsupported or too_many(experts)
+    if "csrc" in backends and "triton" not in backends:
+        unsupported = unsupported or refusal
+        if not _triton.needs_reference(FAMILY.name, unsupported, ("triton", *backends)):
+            weights = Tile(128, 128, 64, 8, 3) if backward else None
+            return Config("csrc", Tile(native.ROWS, 256, 64, 8, 3), weights, True)
     if _triton.needs_reference(FAMILY.name, unsupported, backends):
         return Config("reference", reason=unsupported)
     if dtype == torch.float32:  # not measured
@@ -103,6 +123,8 @@ def plan_fp8(
         RuntimeError: none of ``backends`` takes the problem.
     """
     unsupported = unsupported or too_many(experts)
+    if "csrc" in backends:  # which leaves these to Triton
+        backends = ("triton", *backends)
     if not unsupported and capability < (8, 9):
         unsupported = "FP8 products need sm_89 or newer, this is sm_{}{}".format(*capability)
     if _triton.needs_reference(FAMILY.name, unsupported, backends):
@@ -119,20 +141,28 @@ def plan_fp8(
     return Config("triton", tile, None, capability >= (9, 0))
 
 
-def _plan(x, weights, offsets, order, backward=False) -> Config:
+def _plan(x, up, down, weights, offsets, order, backward=False) -> Config:
     problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
+    backends = _backends.usable(FAMILY.name, x.device)
+    refusal = native.refusal(up, down)
     config = plan(
-        *problem, _triton.unsupported(x, weights), _backends.usable(FAMILY.name, x.device),
-        torch.cuda.get_device_capability(x.device),
+        *problem, _triton.unsupported(x, weights), backends,
+        torch.cuda.get_device_capability(x.device), refusal,
     )  # fmt: skip
-    return _tuned.tuned(FAMILY.name, x.device, problem, config)
+    tuned = _tuned.tuned(FAMILY.name, x.device, problem, config)
+    # The table may come from a machine that has csrc.
+    lacks = tuned.backend == "csrc" and (refusal or "csrc" not in backends)
+    return config if lacks else tuned
 
 
 def candidates(config: Config, backward: bool) -> Iterator[Config]:
-    """What may be faster than ``config`` on some card: one measure of one tile changed."""
+    """What may be faster than ``config`` on some card: csrc, one measure of one tile changed."""
+    names = (["rows"] if config.backend == "triton" else []) + (["weights"] if backward else [])
+    if config.backend == "triton" and not config.rows.swap:
+        yield replace(config, backend="csrc")
     options = {"rows": (64, 128), "columns": (64, 128, 256), "depth": (32, 64, 128),
                "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}  # fmt: skip
-    for name in ("rows", "weights") if backward else ("rows",):
+    for name in names:
         tile = getattr(config, name)
         for measure, values in options.items():
             if not (tile.swap and measure == "rows"):  # as wide as the tokens of an expert
@@ -158,7 +188,7 @@ def _example(device: torch.device, dtype: torch.dtype):
     weights = torch.rand(6, 2, device=device, dtype=acc_dtype(dtype))
     offsets = torch.tensor([5, 5, 12, 12], device=device, dtype=torch.int32)
     order = torch.tensor([0, 3, 5, 6, 10, 1, 2, 4, 7, 8, 9, 11], device=device, dtype=torch.int32)
-    return randn(6, 10), randn(4, 7, 10) / 3, randn(4, 10, 7) / 3, weights, offsets, order
+    return randn(6, 16), randn(4, 24, 16) / 4, randn(4, 16, 24) / 4, weights, offsets, order
 
 
 def _example_backward(device: torch.device, dtype: torch.dtype):
@@ -194,7 +224,7 @@ moe_experts_backward = register(
     fake=_fake_backward,
     example=_example_backward,
     plan=lambda dy, x, up, down, weights, offsets, order, hidden: _plan(
-        x, weights, offsets, order, backward=True
+        x, up, down, weights, offsets, order, backward=True
     ),
     kernel="moe_experts.kernel:backward",
 )
@@ -216,7 +246,7 @@ moe_experts = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    plan=lambda x, up, down, *routing: _plan(x, *routing),
+    plan=lambda *args: _plan(*args),
     kernel="moe_experts.kernel:forward",
     setup_context=_setup,
     backward=_backward,

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import e4m3_value, offset64, squared_relu
-from nemokernels._triton import as_rows, cdiv
+from nemokernels._triton import aligned, as_rows, cdiv
 from nemokernels.ops.moe_experts.kernel import slot_sum, tile_rows, tile_table
 from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 from nemokernels.ops.w4a16 import native
@@ -242,7 +242,7 @@ def _product(x, weight, out, part, config, table=None, first=0):
     route = (None,) * 4 if table is None else (table.order, table.offsets, *table.tiles)
     top_k = 1 if table is None else table.top_k
     if config.backend == "csrc":
-        native.product(_aligned(x), codes, scales, scale_2, *route, top_k, part, tile.rows, out,
+        native.product(aligned(x), codes, scales, scale_2, *route, top_k, part, tile.rows, out,
                        first)  # fmt: skip
         return
     whole = cdiv(depth, 64) % (tile.depth // 64) == 0
@@ -252,13 +252,6 @@ def _product(x, weight, out, part, config, table=None, first=0):
         BLOCK_N=tile.columns, BLOCK_K=tile.depth if whole else 64, num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def _aligned(t: torch.Tensor) -> torch.Tensor:
-    # Rows that the library can load 16 bytes at a time.
-    if t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
 
 
 def specialisations():

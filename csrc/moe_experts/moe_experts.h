@@ -1,0 +1,46 @@
+// Products of the rows of each expert with its weights: parameters and the function that launches
+// them. Rows are sorted by expert; there are T * k of them, one per slot.
+#pragma once
+
+#include "nemo/tensor_map.h"
+
+namespace nemo::moe_experts {
+
+enum class Part : int32_t {
+  kUp,       // a has a row per token; relu squared
+  kSlots,    // a has a row per slot; a row of the result goes where its slot is
+  kDHidden,  // a has a row per token; the gradient past squared ReLU and the slots' weights
+};
+
+struct Product {
+  int64_t rows, columns, depth;  // of the result; what is summed over
+  int64_t first;                 // column of the weights where the result begins
+  const void* a;                 // rows of `depth` elements, aligned to 16 bytes
+  int64_t a_row;
+  void* out;  // contiguous, aligned to 16 bytes
+  TensorMap a_map, b_map;
+
+  // The slot of each row, the end of each expert's rows, tiles of kRows rows: expert (or none, -1)
+  // and first row.
+  const int32_t *order, *offsets, *tile_expert, *tile_row;
+  int64_t experts, tiles, top_k;
+
+  // Of kDHidden: the weight of each slot; what went up, (rows, columns); the sums of its products
+  // with the gradient over the columns of a tile, (tiles across, rows), each where its slot is.
+  const float* weights;
+  const void* hidden;
+  float* partial;
+};
+
+inline constexpr int kRows = 128;  // of a tile
+
+// The weights (E, columns, depth) lie along their depth or, kAcross, along their columns.
+struct Operands {
+  TensorShape a, b;
+};
+
+// T is nemo::bf16 or nemo::fp16; kColumns of a tile: 192, 224, 232 or 256. Returns why not, or null.
+template <class T, int kColumns, Part kPart, bool kAcross>
+const char* run_product(Product&, const Operands&, Stream);
+
+}  // namespace nemo::moe_experts
