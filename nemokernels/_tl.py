@@ -32,12 +32,6 @@ def offset_in_row(i, j, strides):
 
 
 @triton.jit
-def offset_of(i, j, k, strides):
-    """Offset of element [i, j, k], which broadcast, from the strides of a tensor's first axes."""
-    return offset64(i, strides[0]) + offset64(j, strides[1]) + offset64(k, strides[2])
-
-
-@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); 0 and 1 at the infinities."""
     return 1.0 / (1.0 + tl.exp(-x))

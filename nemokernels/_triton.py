@@ -133,6 +133,12 @@ def row_divisor(*tensors: torch.Tensor | None) -> int:
     return 1 if any(s % 16 for s in strides) else 16
 
 
+def axes(*tensors: torch.Tensor) -> tuple:
+    """The strides of the tensors' rows, which are never specialised; then those of the other axes
+    of each, as tuples, whose elements always are."""
+    return *(t.stride(0) for t in tensors), *(t.stride()[1:] for t in tensors)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()

@@ -76,6 +76,20 @@ def mtp_verify(call, rows, tokens, slices, sampled=False, cut=False):
     call("mtp_verify", logits, ids, ints(tokens), probs, *knobs, seeds, seeds, seeds)
 
 
+def selective_scan(call, rows, tokens, slices, packed=False, gate=True):
+    u, delta, z = slices((rows, tokens), 48, 48, 48)
+    dout, B, C, _ = slices((rows, tokens), 48, 16, 16, 16)
+    given = [u, delta, B[:, :, None], C[:, :, None], z, dout]
+    if packed:  # as many sequences as rows
+        given = [t.flatten(0, 1)[None] for t in given]
+    u, delta, B, C, z, dout = given
+    states, bounds = zeros(rows, 48, 16), ints(rows + 1) if packed else None
+    A, D = zeros(48, 16), zeros(48)
+    inputs = (u, delta, A, B, C, D, z if gate else None, D, states, bounds, True)
+    call("selective_scan", *inputs)
+    call("selective_scan_backward", dout, states, *inputs)
+
+
 SWEEPS = (
     Sweep(relu2),
     Sweep(
@@ -87,6 +101,12 @@ SWEEPS = (
     Sweep(
         attention_with_cache,
         ({}, dict(dtype=torch.float8_e4m3fn), dict(rule=(9, 32))),
+    ),
+    # Forward, and what the backward walks first.
+    Sweep(
+        selective_scan,
+        ({}, dict(packed=True), dict(gate=False)),
+        most={"selective_scan_kernel": 2},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, offset_in_row, row_offset, to_fp8
-from nemokernels._triton import cdiv, row_divisor
-from nemokernels.ops.attention.kernel_sequence import LONG, axes
+from nemokernels._triton import axes, cdiv, row_divisor
+from nemokernels.ops.attention.kernel_sequence import LONG
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from nemokernels import _triton
 from nemokernels._tl import offset64, offset_in_row, row_offset
-from nemokernels._triton import cdiv, row_divisor
+from nemokernels._triton import axes, cdiv, row_divisor
 
 LONG = 1 << 30  # longer than any sequence
 LANES = 256  # sequences looked at together
@@ -479,11 +479,6 @@ def _tiles(cu_seqlens, rows, length, block):
         BLOCK=32, num_warps=4,
     )  # fmt: skip
     return tiles, table
-
-
-def axes(*tensors):
-    # Of the rows, then of the other axes, of tensors (B, T, H, D).
-    return *(t.stride(0) for t in tensors), *(t.stride()[1:] for t in tensors)
 
 
 def _rule(slopes, scale, window, global_tokens):

@@ -13,9 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from nemokernels._tl import offset64, offset_of, sigmoid, softplus
-from nemokernels._triton import Specialisation, cdiv, contiguous, next_power_of_2
+from nemokernels._tl import offset64, offset_in_row, row_offset, sigmoid, softplus
+from nemokernels._triton import (
+    Specialisation,
+    axes,
+    cdiv,
+    contiguous,
+    next_power_of_2,
+    row_divisor,
+)
 from nemokernels.ops.ssd.chunks import packed_places
+
+LENGTHS = ["T", "tiles", "u_row", "delta_row", "B_row", "C_row", "z_row"]
 
 
 @triton.jit
@@ -58,9 +67,9 @@ def _sequence(seq, bounds_ptr, first_ptr, T, tiles, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _places(row, token, channel, strides):
-    """Offsets (channels, tokens) into a tensor (B, T, D)."""
-    return offset_of(row, token[None, :], channel[:, None], strides)
+def _places(token, channel, strides):
+    """Offsets (channels, tokens) into a row (T, D)."""
+    return offset_in_row(token[None, :], channel[:, None], strides)
 
 
 @triton.jit
@@ -70,11 +79,11 @@ def _load(ptr, at, mask):
 
 @triton.jit
 def _step(
-    delta_ptr, bias, row, token, channel, mask, strides,
+    delta_ptr, bias, token, channel, mask, strides,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """delta + bias and the step, which is zero where there is no token; (channels, tokens)."""
-    raw = _load(delta_ptr, _places(row, token, channel, strides), mask)
+    raw = _load(delta_ptr, _places(token, channel, strides), mask)
     if HAS_BIAS:
         raw += bias[:, None]
     step = raw
@@ -84,9 +93,9 @@ def _step(
 
 
 @triton.jit
-def _narrow(ptr, row, token, group, n, live, inside_n, strides):
+def _narrow(ptr, token, group, n, live, inside_n, strides):
     """A tile (tokens, N) of B or C."""
-    at = offset_of(row, token, group, strides)[:, None] + offset64(n, strides[3])[None, :]
+    at = offset_in_row(token, group, strides)[:, None] + offset64(n, strides[2])[None, :]
     return _load(ptr, at, live[:, None] & inside_n[None, :])
 
 
@@ -98,7 +107,7 @@ def _map(step, u, A, B, inside_n):
     return decay, tl.where(inside_n[None, None, :], drive, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def selective_scan_kernel(
     u_ptr,
     delta_ptr,
@@ -120,11 +129,17 @@ def selective_scan_kernel(
     groups,
     N,
     tiles,
+    u_row,
+    delta_row,
+    B_row,
+    C_row,
+    z_row,
     u_strides,
     delta_strides,
     B_strides,
     C_strides,
     z_strides,
+    ROWS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -139,6 +154,12 @@ def selective_scan_kernel(
     """Outputs and last states, or with STORE_MET only the states that enter the tiles."""
     block, group, seq, channel, inside_d = _program(per_group, groups, BLOCK_D)
     row, start, length, tile = _sequence(seq, bounds_ptr, first_ptr, T, tiles, PACKED)
+    u_ptr += row_offset(row, u_row, ROWS)
+    delta_ptr += row_offset(row, delta_row, ROWS)
+    B_ptr += row_offset(row, B_row, ROWS)
+    C_ptr += row_offset(row, C_row, ROWS)
+    if HAS_Z:
+        z_ptr += row_offset(row, z_row, ROWS)
     n = tl.arange(0, BLOCK_N)
     inside_n = n < N
     inside = inside_d[:, None] & inside_n[None, :]
@@ -163,22 +184,22 @@ def selective_scan_kernel(
         live = begin + index < length
         token = start + begin + index
         mask = inside_d[:, None] & live[None, :]
-        _, step = _step(delta_ptr, bias, row, token, channel, mask, delta_strides,
+        _, step = _step(delta_ptr, bias, token, channel, mask, delta_strides,
                         HAS_BIAS, SOFTPLUS)  # fmt: skip
-        u = _load(u_ptr, _places(row, token, channel, u_strides), mask)
-        B = _narrow(B_ptr, row, token, group, n, live, inside_n, B_strides)
+        u = _load(u_ptr, _places(token, channel, u_strides), mask)
+        B = _narrow(B_ptr, token, group, n, live, inside_n, B_strides)
         decay, drive = _map(step, u, A, B, inside_n)
         decay, states = tl.associative_scan((decay, drive), 1, _then)
         states += decay * state[:, None, :]
         # Past the last token the state stays, so that the tile's last column is it in any case.
         state = tl.sum(tl.where((index == BLOCK_T - 1)[None, :, None], states, 0.0), 1)
         if not STORE_MET:
-            C = _narrow(C_ptr, row, token, group, n, live, inside_n, C_strides)
+            C = _narrow(C_ptr, token, group, n, live, inside_n, C_strides)
             y = tl.sum(states * C[None, :, :], 2)
             if HAS_D:
                 y += D[:, None] * u
             if HAS_Z:
-                z = _load(z_ptr, _places(row, token, channel, z_strides), mask)
+                z = _load(z_ptr, _places(token, channel, z_strides), mask)
                 y *= z * sigmoid(z)
             at = offset64(offset64(row, T) + token, dim)[None, :] + channel[:, None]
             tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -186,7 +207,7 @@ def selective_scan_kernel(
         tl.store(final_ptr + seq * state_size + of_state, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*LENGTHS, "tokens", "dout_row"])
 def selective_scan_backward_kernel(
     dout_ptr,
     dfinal_ptr,
@@ -217,12 +238,19 @@ def selective_scan_backward_kernel(
     groups,
     N,
     tiles,
+    dout_row,
+    u_row,
+    delta_row,
+    B_row,
+    C_row,
+    z_row,
     dout_strides,
     u_strides,
     delta_strides,
     B_strides,
     C_strides,
     z_strides,
+    ROWS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -237,6 +265,13 @@ def selective_scan_backward_kernel(
     and delta_bias per sequence."""
     block, group, seq, channel, inside_d = _program(per_group, groups, BLOCK_D)
     row, start, length, tile = _sequence(seq, bounds_ptr, first_ptr, T, tiles, PACKED)
+    dout_ptr += row_offset(row, dout_row, ROWS)
+    u_ptr += row_offset(row, u_row, ROWS)
+    delta_ptr += row_offset(row, delta_row, ROWS)
+    B_ptr += row_offset(row, B_row, ROWS)
+    C_ptr += row_offset(row, C_row, ROWS)
+    if HAS_Z:
+        z_ptr += row_offset(row, z_row, ROWS)
     n = tl.arange(0, BLOCK_N)
     inside_n = n < N
     inside = inside_d[:, None] & inside_n[None, :]
@@ -261,12 +296,12 @@ def selective_scan_backward_kernel(
         live = begin + index < length
         token = start + begin + index
         mask = inside_d[:, None] & live[None, :]
-        raw, step = _step(delta_ptr, bias, row, token, channel, mask, delta_strides,
+        raw, step = _step(delta_ptr, bias, token, channel, mask, delta_strides,
                           HAS_BIAS, SOFTPLUS)  # fmt: skip
-        u = _load(u_ptr, _places(row, token, channel, u_strides), mask)
-        B = _narrow(B_ptr, row, token, group, n, live, inside_n, B_strides)
-        C = _narrow(C_ptr, row, token, group, n, live, inside_n, C_strides)
-        dy = _load(dout_ptr, _places(row, token, channel, dout_strides), mask)
+        u = _load(u_ptr, _places(token, channel, u_strides), mask)
+        B = _narrow(B_ptr, token, group, n, live, inside_n, B_strides)
+        C = _narrow(C_ptr, token, group, n, live, inside_n, C_strides)
+        dy = _load(dout_ptr, _places(token, channel, dout_strides), mask)
         out_at = offset64(offset64(row, T) + token, dim)[None, :] + channel[:, None]
 
         # The states once more, as forward.
@@ -278,7 +313,7 @@ def selective_scan_backward_kernel(
         states += entered
         kept += entered  # decay * (state before t)
         if HAS_Z:
-            z = _load(z_ptr, _places(row, token, channel, z_strides), mask)
+            z = _load(z_ptr, _places(token, channel, z_strides), mask)
             y = tl.sum(states * C[None, :, :], 2)
             if HAS_D:
                 y += D[:, None] * u
@@ -295,7 +330,7 @@ def selective_scan_backward_kernel(
 
         # Gradient of the state after token t: from its output, and through the decay of t + 1.
         following = mask & (index < BLOCK_T - 1)[None, :] & (begin + index + 1 < length)[None, :]
-        _, next_step = _step(delta_ptr, bias, row, token + 1, channel, following, delta_strides,
+        _, next_step = _step(delta_ptr, bias, token + 1, channel, following, delta_strides,
                              HAS_BIAS, SOFTPLUS)  # fmt: skip
         back_decay = tl.exp(next_step[:, :, None] * A[:, None, :])
         back_drive = dy[:, :, None] * C[None, :, :]
@@ -351,8 +386,7 @@ class _Problem:
         self.inputs = (u, delta, A, B, C, D, z, delta_bias)
         self.initial = initial
         self.sizes = (self.dim, per_group, self.groups, self.state, self.tiles)
-        wide = (0, 0, 0) if z is None else z.stride()
-        self.strides = (u.stride(), delta.stride(), B.stride(), C.stride(), wide)
+        self.rows = u, delta, B, C, u if z is None else z
         self.options = {
             "HAS_D": D is not None,
             "HAS_Z": z is not None,
@@ -375,7 +409,8 @@ class _Problem:
         if self.grid[0]:
             selective_scan_kernel[self.grid](
                 *self.inputs, self.initial, out, final, met, self.bounds, self.first, self.tokens,
-                *self.sizes, *self.strides, STORE_MET=met is not None, **self.options,
+                *self.sizes, *axes(*self.rows), ROWS=row_divisor(*self.rows),
+                STORE_MET=met is not None, **self.options,
             )  # fmt: skip
 
 
@@ -409,8 +444,8 @@ def backward(
         p.walk(None, None, met)
         selective_scan_backward_kernel[p.grid](
             dout, dfinal.contiguous(), *p.inputs, met, du, ddelta, dA, dB, dC, dD, dz, dbias,
-            dinitial, p.bounds, p.first, p.tokens, p.batch * p.tokens, *p.sizes, dout.stride(),
-            *p.strides, **p.options,
+            dinitial, p.bounds, p.first, p.tokens, p.batch * p.tokens, *p.sizes,
+            *axes(dout, *p.rows), ROWS=row_divisor(dout, *p.rows), **p.options,
         )  # fmt: skip
 
     def small(like, parts):
