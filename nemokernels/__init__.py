@@ -27,7 +27,14 @@ from nemokernels.ops.fp8 import (
 from nemokernels.ops.gated_rms_norm import RMSNormGated, rmsnorm_fn
 from nemokernels.ops.mamba_step import mamba_step
 from nemokernels.ops.moe_experts import FP8Experts, moe_experts
-from nemokernels.ops.moe_route import Route, balance_loss, moe_route, update_correction_bias
+from nemokernels.ops.moe_route import (
+    RaggedRoute,
+    Route,
+    balance_loss,
+    moe_route,
+    ragged_route,
+    update_correction_bias,
+)
 from nemokernels.ops.mtp_verify import Verdict, mtp_verify
 from nemokernels.ops.nvfp4 import (
     NVFP4,
@@ -62,6 +69,7 @@ __all__ = [
     "NVFP4",
     "NVFP4Experts",
     "RMSNormGated",
+    "RaggedRoute",
     "Route",
     "SwizzledNVFP4",
     "TiledNVFP4",
@@ -100,6 +108,7 @@ __all__ = [
     "quantize_nvfp4",
     "quantize_nvfp4_pair",
     "quantize_nvfp4_weight",
+    "ragged_route",
     "relu2",
     "rms_norm",
     "rms_norm_fn",

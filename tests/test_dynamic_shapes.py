@@ -29,6 +29,12 @@ def moe(t):
     return nk.moe_experts(rand(t, 16), rand(8, 24, 16), rand(8, 16, 24), route)
 
 
+def moe_ragged(t):
+    starts = torch.arange(t + 1, dtype=torch.int32) * 2
+    route = nk.ragged_route(torch.rand(2 * t), torch.arange(2 * t).int() % 8, starts, num_experts=8)
+    return nk.moe_experts(rand(t, 16), rand(8, 24, 16), rand(8, 16, 24), route)
+
+
 def step(t):
     return nk.mamba_step(
         rand(t, 2, 48), rand(t, 2, 4), torch.zeros(t, 48, 5), torch.zeros(t, 2, 4, 8, 4),
@@ -53,6 +59,7 @@ CASES = {
         rand(t, 16), rand(32, 16), torch.randint(32, (t,))
     ),
     "moe": moe,
+    "moe_ragged": moe_ragged,
     "balance_loss": lambda t: nk.balance_loss(rand(2, t, 8), top_k=2),
     "fp8_linear": lambda t: nk.fp8_linear(rand(16 * t, 32), rand(16, 32)),
     "nvfp4_linear": lambda t: nk.nvfp4_linear(rand(t, 32), nk.quantize_nvfp4(rand(16, 32))),

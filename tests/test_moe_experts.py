@@ -72,7 +72,7 @@ def test_cast_points(dtype):
     x, up, down = (torch.randint_like(t, -3, 4).to(dtype) for t in (x, up, down))
     weights = torch.randint(4, 8, (9, 2)) / 8
     dy = torch.randint(-1, 2, (9, 10)).to(dtype)
-    args = (x, up, down, weights, route.offsets, route.order)
+    args = (x, up, down, weights, route.offsets, route.order, None)
     y, hidden = ref.forward(*args)
     got = ref.backward(dy, *args, hidden)
     cast = lambda t: t.to(dtype).float()  # noqa: E731
@@ -99,7 +99,7 @@ def test_hidden_is_rounded_once(dtype):
     x, up, down, route = make(30, 5, 1)
     x = (torch.randint(-255, 256, x.shape) / 32).to(dtype)
     up = torch.randint(-3, 4, up.shape).to(dtype)
-    _, hidden = ref.forward(x, up, down.to(dtype), route.weights, route.offsets, route.order)
+    _, hidden = ref.forward(x, up, down.to(dtype), route.weights, route.offsets, route.order, None)
     wide = torch.einsum("tfx,tx->tf", up.float()[route.experts[:, 0]], x.float()).relu()
     twice, once = wide.to(dtype).square(), wide.square().to(dtype)
     assert not torch.equal(once, twice)

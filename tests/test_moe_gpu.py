@@ -6,7 +6,7 @@ import on_gpu
 import pytest
 import torch
 
-from nemokernels import Route, moe_experts, moe_route, testing, use_backend
+from nemokernels import Route, moe_experts, moe_route, ragged_route, testing, use_backend
 from nemokernels.ops.moe_experts import native, op
 from nemokernels.ops.moe_route import ref
 
@@ -85,6 +85,22 @@ def test_experts(size, dtype):
     check(*problem(*size, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7, 129, 700])
+def test_any_number_of_slots(tokens, dtype):
+    """The slots of every second expert, as a rank of two sees them."""
+    x, up, down, route, dy = problem(tokens, 8, 3, 264, 136, dtype)
+    here = route.experts % 2 == 0
+    starts = torch.cat([torch.zeros(1), here.sum(1).cumsum(0)]).int()
+    experts = route.experts[here] // 2
+
+    def fn(x, up, down, weights):
+        integers = (t.to(x.device) for t in (experts, starts))
+        return moe_experts(x, up, down, ragged_route(weights, *integers, num_experts=4))
+
+    on_gpu.compare(fn, [x, up[::2], down[::2], route.weights[here]], [dy])
+
+
 @pytest.mark.parametrize("shape", [(2688, 1856), (1024, 2688), (2048, 5120)])
 @pytest.mark.parametrize("tokens", [3, 100, 300])
 def test_widths_of_the_models(tokens, shape):
@@ -132,7 +148,7 @@ def test_repeats_and_graphs_have_the_same_bits(tokens):
 
     def run():
         route = ops.moe_route(logits, None, 4, 1, 1, True, 1.0)
-        args = (x, up, down, route[0], *route[3:])
+        args = (x, up, down, route[0], *route[3:], None)
         y, hidden = ops.moe_experts(*args)
         grads = ops.moe_experts_backward(dy, *args, hidden)
         return *route, y, hidden, *grads, ops.moe_route_backward(dweights, logits, route[1],
@@ -181,7 +197,7 @@ def test_no_copy_of_x_per_slot(monkeypatch):
     up = torch.randn(experts, hidden, width, device="cuda").bfloat16() / 32
     down = torch.randn(experts, width, hidden, device="cuda").bfloat16() / 32
     route = moe_route(torch.randn(tokens, experts, device="cuda"), top_k=top_k)
-    args = (x, up, down, route.weights, route.offsets, route.order)
+    args = (x, up, down, route.weights, route.offsets, route.order, None)
     planned, ops, copy = op._plan, torch.ops.nemokernels, 2 * tokens * top_k * width
 
     def peak_of(function):

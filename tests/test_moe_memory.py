@@ -4,13 +4,11 @@ how many kernels a layer launches.
 Kernels do not run: the tensors are on the meta device, where sizes are all there is.
 """
 
-import weakref
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from allocations import Allocations
 
 from nemokernels.ops.moe_experts import op
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES, columns_at_once, in_passes
@@ -23,33 +21,6 @@ triton = pytest.importorskip("triton", reason="no Triton, no kernels")
 BF16 = torch.bfloat16
 MODELS = {"nano3": (128, 6, 2688, 1856), "super3": (512, 22, 1024, 2688),
           "ultra": (512, 22, 2048, 5120)}  # fmt: skip
-
-
-class Allocations(TorchDispatchMode):
-    """Follows the memory of tensors that are made inside: bytes at most, and of the largest."""
-
-    def __enter__(self):
-        self.live, self.peak, self.sizes, self.known = 0, 0, [], weakref.WeakSet()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {}))
-                 if isinstance(t, torch.Tensor)}  # fmt: skip
-        out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
-                self._made(t.untyped_storage())
-        return out
-
-    def _made(self, storage):
-        size = storage.nbytes()
-        self.live += size
-        self.sizes.append(size)
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, size)
-
-    def _gone(self, size):
-        self.live -= size
 
 
 def follow(function):
@@ -68,7 +39,7 @@ def layer(name, tokens):
     E, k, X, F = MODELS[name]
     route = meta(tokens, k, dtype=torch.float32), meta(E, dtype=torch.int32)
     return (meta(tokens, X), meta(E, F, X), meta(E, X, F), *route,
-            meta(tokens * k, dtype=torch.int32))  # fmt: skip
+            meta(tokens * k, dtype=torch.int32), None)  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", [8, 1024, 16384, 65536])
@@ -132,6 +103,24 @@ def test_launches(name, tokens):
     assert names == ["experts_tiles", "experts_rows", *passes]
 
 
+def test_ragged():
+    """Three slots of each token on the average, as a rank of eight sees them."""
+    from nemokernels.ops.moe_experts import kernel
+
+    rows, (_, _, X, F) = 131072, MODELS["super3"]
+    slots, E = 3 * rows, 64
+    x, up, down, hidden = meta(rows, X), meta(E, F, X), meta(E, X, F), meta(slots, F)
+    offsets, order, starts = (meta(n, dtype=torch.int32) for n in (E, slots, rows + 1))
+    args = (x, up, down, meta(slots, dtype=torch.float32), offsets, order, starts)
+    config = op.plan(slots, E, BF16, True, "", ("triton",), (9, 0))
+    forward = follow(lambda: kernel.forward(*args, config)).peak - x.nbytes - hidden.nbytes
+    backward = follow(lambda: kernel.backward(x, *args, hidden, config)).peak
+    partial = 4 * slots * -(-F // config.rows.columns)
+    backward -= sum(t.nbytes for t in (*args[:4], hidden)) + partial
+    for held in (forward, backward):
+        assert 0 < held <= SLOT_BYTES + 16 * slots < slots * X * 2
+
+
 def byte(*shape):
     return meta(*shape, dtype=torch.uint8)
 
@@ -148,7 +137,7 @@ def test_quantised(name, form):
     from nemokernels.ops.w4a16 import kernel as kernel_w4a16
 
     E, k, X, F = MODELS[name]
-    tokens, (x, *_, weights, offsets, order) = 16384, layer(name, 16384)
+    tokens, (x, *_, weights, offsets, order, _) = 16384, layer(name, 16384)
     route, slots, scale = (weights, offsets, order), tokens * k, meta(E, dtype=torch.float32)
     if form == "fp8":
         args = (byte(tokens, X), scale[:1], byte(E, F, X), scale, scale, byte(E, X, F), scale)

@@ -1,71 +1,27 @@
 """The Triton kernels of moe_experts, interpreted, against the reference."""
 
-import contextlib
 import dataclasses
-from unittest import mock
 
 import pytest
 import torch
+from expert_kernels import (
+    F16,
+    F32,
+    NAMES,
+    NO_OFFSETS,
+    TILES,
+    compare,
+    configs_of,
+    guarded,
+    make,
+    run,
+    small,
+)
 
-from nemokernels import testing
 from nemokernels.bench.bench_moe_route import with_tiles
 from nemokernels.ops.moe_experts import kernel, op, ref
 from nemokernels.ops.moe_experts.passes import columns_at_once
 from nemokernels.ops.moe_route import ref as route
-
-F32, F16 = torch.float32, torch.float16
-NAMES = ("y", "hidden", "dx", "dup", "ddown", "dweights")
-
-
-def make(tokens, experts, top_k, width, hidden, dtype=F32, chosen=None):
-    """Arguments of the forward, and dy. Without ``chosen`` expert 0 has no rows if it can."""
-    x, dy = torch.randn(2, tokens, width).to(dtype)
-    up = (torch.randn(experts, hidden, width) / max(width, 1) ** 0.5).to(dtype)
-    down = (torch.randn(experts, width, hidden) / max(hidden, 1) ** 0.5).to(dtype)
-    if chosen is None:
-        scores = torch.rand(tokens, experts)
-        scores[:, 0] -= 1
-        chosen = scores.argsort(-1, descending=True)[:, :top_k]
-    _, offsets, order = route.group_rows(chosen, experts)
-    return (x, up, down, torch.rand(tokens, top_k), offsets, order), dy
-
-
-def configs_of(args, capability=(9, 0)):
-    x, _, _, _, offsets, order = args
-    return [op.plan(order.shape[0], offsets.shape[0], x.dtype, way, "", ("triton",), capability)
-            for way in (False, True)]  # fmt: skip
-
-
-def run(args, dy, configs, functions=kernel):
-    out = functions.forward(*args, *configs[:1])
-    return *out, *functions.backward(dy, *args, out[1], *configs[1:])
-
-
-def compare(args, dy, configs=None):
-    """Forward and backward against the reference in float64; returns what they gave."""
-    configs = configs or configs_of(args)
-    low, got = ref.forward(*args), kernel.forward(*args, configs[0])
-    # From the same hidden: it is rounded, and saved as it is.
-    got += kernel.backward(dy, *args, low[1], configs[1])
-    exact = ref.forward(*testing.to_double(args))
-    exact += ref.backward(dy.double(), *testing.to_double(args), low[1].double())
-    low += ref.backward(dy, *args, low[1])
-    for name, a, want, plain in zip(NAMES, got, exact, low):
-        assert a.dtype == plain.dtype and a.is_contiguous(), name
-        testing.assert_matches(a, want, plain, name)
-    return got
-
-
-TILES = {
-    "swap": op.Tile(16, 32, 16, 1, 1, True),
-    "tall": op.Tile(32, 16, 32, 1, 1),
-    "wide": op.Tile(16, 32, 16, 1, 1),
-}
-
-
-def small(name, tma):
-    forward = op.Config("triton", TILES[name], None, tma)
-    return forward, op.Config("triton", TILES[name], TILES["tall"], tma)
 
 
 @pytest.mark.parametrize("tma", [False, True])
@@ -128,10 +84,10 @@ def test_empty(size):
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("tile", TILES)
 def test_strides(tile, tma):
-    (x, up, down, weights, offsets, order), dy = make(25, 4, 2, 24, 16)
+    (x, up, down, weights, *rest), dy = make(25, 4, 2, 24, 16)
     wide = torch.full((25, 60), torch.nan)
     wide[:, 5:53:2] = x
-    turned = down.mT.contiguous().mT, weights.t().contiguous().t(), offsets, order
+    turned = down.mT.contiguous().mT, weights.t().contiguous().t(), *rest
     dy = torch.cat((dy, dy), 1)[:, :24]
     up = up.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     compare((wide[:, 5:53:2], up, *turned), dy, small(tile, tma))
@@ -172,9 +128,6 @@ def test_a_nan_stays_where_it_belongs(where, tile, tma):
         assert torch.isfinite(b).any()
 
 
-NO_OFFSETS = [(900, 3, -7, 12), (3, 2**31 - 1, -(2**31), 5), (-1, -1, -1, -1), (2**30,) * 4]
-
-
 @pytest.mark.parametrize("offsets", NO_OFFSETS)
 def test_tiles_of_a_route_that_is_none(offsets):
     expert, row = kernel.tile_table(torch.tensor(offsets, dtype=torch.int32), 12, 4)
@@ -200,28 +153,12 @@ def test_tiles_of_a_route(counts, height):
 @pytest.mark.parametrize("tile, tma", [("swap", False), ("tall", True)])
 def test_a_route_that_is_none_stays_in_bounds(tile, tma, offsets):
     """Slots out of range and ends of any kind: nothing is written where it does not belong."""
-    (x, up, down, weights, _, order), dy = make(6, 4, 2, 24, 16)
+    (x, up, down, weights, _, order, _), dy = make(6, 4, 2, 24, 16)
     order[[0, 3, 8]] = torch.tensor([-7, 12, 2**31 - 1], dtype=torch.int32)
-    args = x, up, down, weights, torch.tensor(offsets, dtype=torch.int32), order
+    args = x, up, down, weights, torch.tensor(offsets, dtype=torch.int32), order, None
     with guarded() as inside:
         out = run(args, dy, small(tile, tma))
     assert inside() and [t.shape for t in out[:3]] == [x.shape, (12, 16), x.shape]
-
-
-@contextlib.contextmanager
-def guarded():
-    """Memory of the results lies between walls; the function says whether they still stand."""
-    walls, empty, size = [], torch.Tensor.new_empty, 4096
-
-    def walled(tensor, *shape, **options):
-        out = empty(tensor, *shape, **options)
-        whole = empty(tensor, (out.numel() + 2 * size,), **options).fill_(7)
-        walls.extend((whole[:size], whole[-size:]))
-        return whole[size : size + out.numel()].view(out.shape)
-
-    with mock.patch.object(torch.Tensor, "new_empty", walled):
-        yield lambda: all(bool((wall == 7).all()) for wall in walls)
-    assert walls
 
 
 @pytest.mark.parametrize("tokens, width, hidden, most", [(40, 24, 40, 2**40), (9, 400, 16, 1)])

@@ -9,7 +9,7 @@ from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels.ops import nvfp4_gemm, w4a16
 from nemokernels.ops.moe_experts import fp8, op
 from nemokernels.ops.moe_experts.fp8 import FP8Experts
-from nemokernels.ops.moe_route import Route
+from nemokernels.ops.moe_route import RaggedRoute, Route
 from nemokernels.ops.nvfp4_gemm import NVFP4Experts
 
 __all__ = ["FP8Experts", "moe_experts"]
@@ -19,7 +19,7 @@ def moe_experts(
     x: torch.Tensor,
     up: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts | NVFP4Experts,
     down: torch.Tensor | w4a16.TiledNVFP4 | FP8Experts | NVFP4Experts,
-    route: Route,
+    route: Route | RaggedRoute,
 ) -> torch.Tensor:
     """Send every token through its experts and add up what they return.
 
@@ -31,7 +31,7 @@ def moe_experts(
     autocast dtype; the weights stay float32.
 
     Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros. Kept
-    for them is the hidden layer (T * k, F), beside the arguments. On a GPU no (T * k, X) copy is
+    for them is the hidden layer (R, F) of R slots, beside the arguments. On a GPU no (R, X) copy is
     made of x, y or their gradients once it took more than 384 MiB: the rows that leave the experts
     are held a block of columns at a time (moe_experts/passes.py). Only codes of activations in
     NVFP4, 4.5 bits each, are copied to every slot.
@@ -49,9 +49,11 @@ def moe_experts(
         up: (E, F, X), x's dtype; or in NVFP4 by :func:`tile_nvfp4` with a global scale per expert;
             or :class:`FP8Experts`, or :class:`NVFP4Experts`.
         down: (E, X, F), as ``up``.
-        route: what ``moe_route`` returned for these tokens. Its offsets must not decrease and its
-            order must hold each slot once. On a GPU they are not read back to be checked; a
-            route that is none gives wrong results there, within bounds.
+        route: what ``moe_route`` returned for these tokens, k slots of each; or, for weights that
+            are not quantised, a :class:`RaggedRoute`, whose tokens have any number of slots each.
+            Offsets and starts must not decrease and the order must hold each slot once. On a GPU
+            they are not read back to be checked; a route that is none gives wrong results there,
+            within bounds.
 
     Returns:
         y (T, X) in x's dtype.
@@ -68,6 +70,10 @@ def moe_experts(
     dtypes = (*FLOATS, torch.float8_e4m3fn) if eight else FLOATS
     check_tensor(where, "x", x, shape=(None, None), dims="(T, X)", dtypes=dtypes)
     tiled = isinstance(up, w4a16.TiledNVFP4)
+    starts = getattr(route, "starts", None)
+    quantised = tiled or eight or isinstance(up, NVFP4Experts)
+    check(where, starts is None or not quantised,
+          "`route` is ragged, which quantised experts do not take")  # fmt: skip
     if tiled:
         check(where, up.codes.dim() == 5, "`up.codes` has shape {}, expected experts in tiles",
               tuple(up.codes.shape))  # fmt: skip
@@ -98,17 +104,26 @@ def moe_experts(
         return fp8.experts(x, up, down, route.weights, route.offsets, route.order)
     if isinstance(up, NVFP4Experts):
         return nvfp4_gemm.experts(x, up, down, route.weights, route.offsets, route.order)
-    return op.moe_experts(x, up, down, route.weights, route.offsets, route.order)[0]
+    return op.moe_experts(x, up, down, route.weights, route.offsets, route.order, starts)[0]
 
 
 def _check_route(where: str, route: object, x: torch.Tensor, experts: int) -> None:
-    if not isinstance(route, Route):
+    if not isinstance(route, (Route, RaggedRoute)):
         raise TypeError(f"{where}: `route` must be a Route, got {type(route).__name__}")
-    check_tensor(where, "route.weights", route.weights, shape=(x.shape[0], None), dims="(T, k)",
-                 dtypes=(torch.float32, torch.float64), device=x.device)  # fmt: skip
-    check(where, route.weights.shape[1] >= 1, "`route.weights` has no slots, expected at least one")
-    integers = dict(dtypes=(torch.int32,), device=x.device)
+    tokens, integers = x.shape[0], dict(dtypes=(torch.int32,), device=x.device)
+    real = dict(dtypes=(torch.float32, torch.float64), device=x.device)
+    if isinstance(route, Route):
+        check_tensor(where, "route.weights", route.weights, shape=(tokens, None), dims="(T, k)",
+                     **real)  # fmt: skip
+        slots = route.weights.shape[1]
+        check(where, slots >= 1, "`route.weights` has no slots, expected at least one")
+    else:
+        check_tensor(where, "route.weights", route.weights, shape=(None,), dims="(R,)", **real)
+        check_tensor(where, "route.starts", route.starts, shape=(tokens + 1,), dims="(T + 1,)",
+                     **integers)  # fmt: skip
+        slots = route.weights.shape[0]
+        check(where, tokens > 0 or slots == 0, "`x` has no tokens, `route` {} slots", slots)
     check_tensor(where, "route.offsets", route.offsets, shape=(experts,), dims="(E,)",
                  **integers)  # fmt: skip
-    check_tensor(where, "route.order", route.order, shape=(route.weights.numel(),),
-                 dims="(T * k,)", **integers)  # fmt: skip
+    check_tensor(where, "route.order", route.order, shape=(route.weights.numel(),), dims="(R,)",
+                 **integers)  # fmt: skip

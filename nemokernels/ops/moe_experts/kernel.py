@@ -1,10 +1,10 @@
 """Triton kernels of moe_experts: grouped products over the rows of each expert.
 
-T tokens of width X, E experts of width F, k slots per token, R = T * k rows sorted by expert. Rows
-of tokens are gathered where they are loaded and results go straight to their slots, so no permuted
-copy exists; the slots hold a block of columns at a time (passes.py). A table made on the device
-gives each tile of rows its expert; the grids depend on shapes alone, and programs without a tile
-return.
+T tokens of width X, E experts of width F, R rows sorted by expert, one per slot. A token has k
+slots, in a ragged route any number. Rows of tokens are gathered where they are loaded and results
+go straight to their slots, so no permuted copy exists; the slots hold a block of columns at a time
+(passes.py). A table made on the device gives each tile of rows its expert; the grids depend on
+shapes alone, and programs without a tile return.
 
 Rows past the end of an expert, and strided columns past the width, are loaded from somewhere valid
 rather than masked: they only reach results that are not stored.
@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, squared_relu
-from nemokernels._triton import as_rows, cdiv
+from nemokernels._triton import as_rows, cdiv, contiguous
 from nemokernels.ops.moe_experts import native
 from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 
@@ -77,12 +77,23 @@ def slots_of(order_ptr, row, end, slots):
 
 
 @triton.jit
+def token_of(tokens_ptr, slot, top_k):
+    # A ragged route has a table of its slots' tokens.
+    if tokens_ptr is None:
+        token = slot // top_k
+    else:
+        token = tl.load(tokens_ptr + slot)
+    return token
+
+
+@triton.jit
 def moe_experts_rows_kernel(
     a_ptr,
     b_ptr,
     out_ptr,
     order_ptr,
     offsets_ptr,
+    tokens_ptr,
     expert_ptr,
     row_ptr,
     weights_ptr,
@@ -122,7 +133,7 @@ def moe_experts_rows_kernel(
         return
     first = tl.load(row_ptr + tile)
     row, inside, slot = tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M)
-    a_row = slot // top_k if GATHER else tl.where(inside, row, 0)
+    a_row = token_of(tokens_ptr, slot, top_k) if GATHER else tl.where(inside, row, 0)
     out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first_n = first_column + block_n * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
@@ -200,6 +211,7 @@ def moe_experts_weight_grad_kernel(
     out_ptr,
     order_ptr,
     offsets_ptr,
+    tokens_ptr,
     weights_ptr,
     height,
     width,
@@ -227,7 +239,7 @@ def moe_experts_weight_grad_kernel(
     for start in range(begin, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         inside, slot = slots_of(order_ptr, row, end, slots)
-        token = slot // top_k
+        token = token_of(tokens_ptr, slot, top_k)
         a_at = offset64(token if DOWN else row, stride_a_row)[:, None]
         b_at = offset64(row if DOWN else token, stride_b_row)[:, None]
         a_mask = inside[:, None] & (m < height)[None, :]
@@ -245,27 +257,42 @@ def moe_experts_weight_grad_kernel(
 
 
 @triton.jit
+def slot_part(slots_ptr, weights_ptr, slot, width, column, HAS_WEIGHTS: tl.constexpr):
+    # What a slot adds to its token.
+    at = offset64(slot, width) + column
+    part = tl.load(slots_ptr + at, mask=column < width, other=0.0).to(tl.float32)
+    if HAS_WEIGHTS:
+        part *= tl.load(weights_ptr + slot)
+    return part
+
+
+@triton.jit(do_not_specialize=["slots"])
 def moe_experts_slot_sum_kernel(
     slots_ptr,
     weights_ptr,
+    starts_ptr,
     out_ptr,
+    slots,
     width,
     stride_out,
     HAS_WEIGHTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # out_t = sum_j weight_tj * slot_tj, in the order of j.
+    # out_t = sum_j weight_tj * slot_tj, in the order of j. TOP_K slots of each token, or those from
+    # its start to the next one's; starts of any kind stay in bounds.
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first = offset64(token, TOP_K)
     total = tl.zeros((BLOCK,), tl.float32)
-    for j in tl.static_range(TOP_K):
-        at = offset64(first + j, width) + column
-        part = tl.load(slots_ptr + at, mask=column < width, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            part *= tl.load(weights_ptr + first + j)
-        total += part
+    if starts_ptr is None:
+        first = offset64(token, TOP_K)
+        for j in tl.static_range(TOP_K):
+            total += slot_part(slots_ptr, weights_ptr, first + j, width, column, HAS_WEIGHTS)
+    else:
+        first = tl.maximum(tl.load(starts_ptr + token), 0)
+        end = tl.minimum(tl.load(starts_ptr + token + 1), slots)
+        for slot in range(first, end):
+            total += slot_part(slots_ptr, weights_ptr, slot, width, column, HAS_WEIGHTS)
     at = offset64(token, stride_out) + column
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
@@ -287,40 +314,54 @@ def tile_table(offsets, slots, rows):
     return expert, row
 
 
-def forward(x, up, down, weights, offsets, order, config):
+def forward(x, up, down, weights, offsets, order, starts, config):
     """As ref.forward."""
-    x, weights = as_rows(x), weights.contiguous()
-    slots, top_k = order.shape[0], weights.shape[1]
-    tiles = _Tiles(offsets, order, top_k, config)
-    hidden = tiles.multiply(x, up.mT, x.new_empty(slots, up.shape[1]), "up", True)
-    return tiles.multiply_and_sum(hidden, down.mT, weights, True), hidden
+    x, route = as_rows(x), _Route(x.shape[0], weights, offsets, order, starts)
+    tiles = _Tiles(route, config)
+    hidden = tiles.multiply(x, up.mT, x.new_empty(route.slots, up.shape[1]), "up", True)
+    return tiles.multiply_and_sum(hidden, down.mT, True), hidden
 
 
-def backward(dy, x, up, down, weights, offsets, order, hidden, config):
+def backward(dy, x, up, down, weights, offsets, order, starts, hidden, config):
     """As ref.backward."""
-    dy, x, hidden, weights = as_rows(dy), as_rows(x), hidden.contiguous(), weights.contiguous()
-    slots, top_k = order.shape[0], weights.shape[1]
-    tiles = _Tiles(offsets, order, top_k, config)
+    dy, x, hidden = as_rows(dy), as_rows(x), hidden.contiguous()
+    route = _Route(x.shape[0], weights, offsets, order, starts)
+    tiles = _Tiles(route, config)
     blocks = cdiv(up.shape[1], tiles.columns(down, "dhidden"))
-    partial = torch.empty(blocks, slots, dtype=torch.float32, device=x.device)
-    da = x.new_empty(slots, up.shape[1])
-    tiles.multiply(dy, down, da, "dhidden", True, weights, hidden, partial)
+    partial = torch.empty(blocks, route.slots, dtype=torch.float32, device=x.device)
+    da = x.new_empty(route.slots, up.shape[1])
+    tiles.multiply(dy, down, da, "dhidden", True, hidden, partial)
     dweights = column_sum(partial, weights.new_empty(weights.shape).view(-1)).view_as(weights)
-    dx = tiles.multiply_and_sum(da, up, weights, False)
-    dup = _weight_grad(da, x, up, weights, offsets, order, config.weights, down=False)
-    ddown = _weight_grad(dy, hidden, down, weights, offsets, order, config.weights, down=True)
+    dx = tiles.multiply_and_sum(da, up, False)
+    dup = _weight_grad(da, x, up, route, config.weights, down=False)
+    ddown = _weight_grad(dy, hidden, down, route, config.weights, down=True)
     return dx, dup, ddown, dweights
+
+
+class _Route:
+    """The route of one call as the kernels take it: k slots per token, or as ``starts`` say."""
+
+    def __init__(self, rows, weights, offsets, order, starts):
+        self.rows, self.slots, self.starts = rows, order.shape[0], contiguous(starts)
+        route = weights, offsets, order
+        self.weights, self.offsets, self.order = (t.contiguous() for t in route)
+        self.top_k, self.tokens = 1, None
+        if starts is None:
+            self.top_k = weights.shape[1]
+        else:
+            slot = torch.arange(self.slots, dtype=torch.int32, device=order.device)
+            token = torch.searchsorted(self.starts[1:], slot, right=True, out_int32=True)
+            self.tokens = token.clamp_(max=rows - 1)  # in bounds whatever the starts are
 
 
 class _Tiles:
     """The tiles of rows that one call's products share."""
 
-    def __init__(self, offsets, order, top_k, config):
-        self.offsets, self.order = offsets.contiguous(), order.contiguous()
-        self.top_k, self.shape, self.slot_bytes = top_k, config.rows, config.slot_bytes
+    def __init__(self, route, config):
+        self.route, self.shape, self.slot_bytes = route, config.rows, config.slot_bytes
         self.native, self.tma = config.backend == "csrc", config.tma and not config.rows.swap
         rows = native.ROWS if self.native else self.shape.rows
-        self.expert, self.row = tile_table(self.offsets, order.shape[0], rows)
+        self.expert, self.row = tile_table(route.offsets, route.slots, rows)
         self.count = self.expert.shape[0]
 
     def columns(self, b, part):
@@ -330,29 +371,29 @@ class _Tiles:
         along = native.ALONG if b.stride(1) == 1 else native.ACROSS
         return native.tile_columns(b.shape[2], native.GRADIENT if part == "dhidden" else along)
 
-    def multiply_and_sum(self, a, b, weights, weighted):
+    def multiply_and_sum(self, a, b, weighted):
         """The sum of each token's slots of a_r @ b_e, (T, width) in the dtype of a."""
-        slots, width = a.shape[0], b.shape[2]
+        slots, width, route = a.shape[0], b.shape[2], self.route
         unit = self.columns(b, "slots")
         columns = columns_at_once(slots, width, a.element_size(), unit, self.slot_bytes)
         return in_passes(
-            a.new_empty(slots, columns), a.new_empty(weights.shape[0], width),
+            a.new_empty(slots, columns), a.new_empty(route.rows, width),
             lambda rows, first: self.multiply(a, b, rows, "slots", False, first=first),
-            lambda rows, out: slot_sum(rows, weights, out, weighted),
+            lambda rows, out: slot_sum(rows, route.weights, out, weighted, route.starts),
         )  # fmt: skip
 
-    def multiply(self, a, b, out, part, gather, weights=None, hidden=None, partial=None, first=0):
+    def multiply(self, a, b, out, part, gather, hidden=None, partial=None, first=0):
         """out = part(a_r @ b_e), its columns from ``first`` on; b (E, depth, width) of any
         strides. Returns ``out``."""
         depth, width = b.shape[1:]
-        shape, slots, columns = self.shape, self.order.shape[0], out.shape[1]
+        shape, route, columns = self.shape, self.route, out.shape[1]
         grid = (self.count * cdiv(columns, shape.columns),)
         if not grid[0]:
             return out
         if self.native:
             return native.product(
-                a, b.mT, self.order, self.offsets, self.expert, self.row, self.top_k, part,
-                self.columns(b, part), out, first, weights, hidden, partial,
+                a, b.mT, route.order, route.offsets, self.expert, self.row, route.top_k, part,
+                self.columns(b, part), out, first, route.weights, hidden, partial,
             )  # fmt: skip
         k_inner = b.stride(1) == 1
         b_rows = b.mT if k_inner else b
@@ -365,39 +406,40 @@ class _Tiles:
             block = [shape.columns, shape.depth] if k_inner else [shape.depth, shape.columns]
             b_arg = TensorDescriptor.from_tensor(b_rows.view(-1, b_rows.shape[2]), block)
         moe_experts_rows_kernel[grid](
-            a_arg, b_arg, out, self.order, self.offsets, self.expert, self.row, weights, hidden,
-            partial, first, columns, width, depth, slots, self.top_k, a.stride(0), b.stride(0),
-            b.stride(2), b.stride(1), PART=part, GATHER=gather, TMA_A=tma_a, TMA_B=tma,
-            K_INNER=k_inner, EVEN_K=depth % shape.depth == 0, SWAP=shape.swap, BLOCK_M=shape.rows,
-            BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            a_arg, b_arg, out, route.order, route.offsets, route.tokens, self.expert, self.row,
+            route.weights, hidden, partial, first, columns, width, depth, route.slots, route.top_k,
+            a.stride(0), b.stride(0), b.stride(2), b.stride(1), PART=part, GATHER=gather,
+            TMA_A=tma_a, TMA_B=tma, K_INNER=k_inner, EVEN_K=depth % shape.depth == 0,
+            SWAP=shape.swap, BLOCK_M=shape.rows, BLOCK_N=shape.columns, BLOCK_K=shape.depth,
+            num_warps=shape.num_warps, num_stages=shape.num_stages,
         )  # fmt: skip
         return out
 
 
-def _weight_grad(a, b, like, weights, offsets, order, shape, down):
+def _weight_grad(a, b, like, route, shape, down):
     """sum a_r b_r^T over each expert's rows, in the shape (E, height, width) of ``like``."""
     out = like.new_empty(like.shape)
     experts, height, width = like.shape
     grid = (experts * cdiv(height, shape.rows) * cdiv(width, shape.columns),)
     if grid[0]:
         moe_experts_weight_grad_kernel[grid](
-            a, b, out, order.contiguous(), offsets.contiguous(), weights, height, width,
-            order.shape[0], weights.shape[1], a.stride(0), b.stride(0), DOWN=down,
-            BLOCK_M=shape.rows, BLOCK_N=shape.columns, BLOCK_K=shape.depth,
-            num_warps=shape.num_warps, num_stages=shape.num_stages,
+            a, b, out, route.order, route.offsets, route.tokens, route.weights, height, width,
+            route.slots, route.top_k, a.stride(0), b.stride(0), DOWN=down, BLOCK_M=shape.rows,
+            BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
         )  # fmt: skip
     return out
 
 
-def slot_sum(slots, weights, out, weighted=True):
+def slot_sum(slots, weights, out, weighted=True, starts=None):
     """The sum of each token's slots (R, X), weighted or plain; rows of out may lie apart."""
     tokens, width = out.shape
     block = min(_triton.next_power_of_2(width), 2048)
     if out.numel():
         moe_experts_slot_sum_kernel[(tokens, cdiv(width, block))](
-            slots, weights, out, width, out.stride(0), HAS_WEIGHTS=weighted,
-            TOP_K=weights.shape[1], BLOCK=block, num_warps=min(max(block // 256, 1), 8),
+            slots, weights, starts, out, slots.shape[0], width, out.stride(0), HAS_WEIGHTS=weighted,
+            TOP_K=weights.shape[1] if starts is None else 0, BLOCK=block,
+            num_warps=min(max(block // 256, 1), 8),
         )  # fmt: skip
 
 
@@ -413,18 +455,18 @@ def specialisations():
     """Launches to compile without a GPU: the layers of the models, bfloat16, the H100's plan."""
     from nemokernels.ops.moe_experts.op import plan
 
-    def launch(tokens, experts, top_k, X, F, gradients=False):
+    def launch(tokens, experts, top_k, X, F, gradients=False, ragged=False):
         slots = tokens * top_k
         config = plan(slots, experts, torch.bfloat16, gradients, "", ("triton",), (9, 0))
         empty = lambda *s: torch.empty(s, device="meta", dtype=torch.bfloat16)  # noqa: E731
         x, up, down, hidden = (
             empty(tokens, X), empty(experts, F, X), empty(experts, X, F), empty(slots, F)
         )  # fmt: skip
-        weights = torch.empty(tokens, top_k, device="meta")
-        offsets, order = (
-            torch.empty(n, device="meta", dtype=torch.int32) for n in (experts, slots)
+        weights = torch.empty(slots if ragged else (tokens, top_k), device="meta")
+        offsets, order, starts = (
+            torch.empty(n, device="meta", dtype=torch.int32) for n in (experts, slots, tokens + 1)
         )
-        args = (x, up, down, weights, offsets, order)
+        args = (x, up, down, weights, offsets, order, starts if ragged else None)
         if gradients:
             return lambda: backward(x, *args, hidden, config)
         return lambda: forward(*args, config)
@@ -436,6 +478,8 @@ def specialisations():
         ("nano 8", 8, *nano),
         ("super 16384 backward", 16384, 512, 22, 1024, 2688, True),
         ("nano 1024 backward", 1024, *nano, True),
+        ("ragged", 131072, 64, 3, 1024, 2688, False, True),
+        ("ragged backward", 131072, 64, 3, 1024, 2688, True, True),
     ):
         yield _triton.Specialisation(label, launch(*problem))
     from nemokernels.ops.moe_experts import kernel_fp8

@@ -141,10 +141,12 @@ def plan_fp8(
     return Config("triton", tile, None, capability >= (9, 0))
 
 
-def _plan(x, up, down, weights, offsets, order, backward=False) -> Config:
+def _plan(x, up, down, weights, offsets, order, starts, backward=False) -> Config:
     problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
     backends = _backends.usable(FAMILY.name, x.device)
     refusal = native.refusal(up, down)
+    if starts is not None:
+        refusal = "csrc takes as many slots of every token"
     config = plan(
         *problem, _triton.unsupported(x, weights), backends,
         torch.cuda.get_device_capability(x.device), refusal,
@@ -188,7 +190,7 @@ def _example(device: torch.device, dtype: torch.dtype):
     weights = torch.rand(6, 2, device=device, dtype=acc_dtype(dtype))
     offsets = torch.tensor([5, 5, 12, 12], device=device, dtype=torch.int32)
     order = torch.tensor([0, 3, 5, 6, 10, 1, 2, 4, 7, 8, 9, 11], device=device, dtype=torch.int32)
-    return randn(6, 16), randn(4, 24, 16) / 4, randn(4, 16, 24) / 4, weights, offsets, order
+    return randn(6, 16), randn(4, 24, 16) / 4, randn(4, 16, 24) / 4, weights, offsets, order, None
 
 
 def _example_backward(device: torch.device, dtype: torch.dtype):
@@ -197,7 +199,7 @@ def _example_backward(device: torch.device, dtype: torch.dtype):
 
 
 def _example_fp8(device: torch.device, dtype: torch.dtype):
-    *_, weights, offsets, order = _example(device, torch.float32)
+    *_, weights, offsets, order, _ = _example(device, torch.float32)
     rand = lambda *shape: torch.rand(shape, device=device) + 0.5  # noqa: E731
 
     def byte(*shape):
@@ -208,23 +210,24 @@ def _example_fp8(device: torch.device, dtype: torch.dtype):
             rand(4) / 4, weights, offsets, order, dtype)  # fmt: skip
 
 
-def _fake(x, up, down, weights, offsets, order):
+def _fake(x, up, down, weights, offsets, order, starts):
     return x.new_empty(x.shape), x.new_empty((order.shape[0], up.shape[1]))
 
 
-def _fake_backward(dy, x, up, down, weights, offsets, order, hidden):
+def _fake_backward(dy, x, up, down, weights, offsets, order, starts, hidden):
     return tuple(t.new_empty(t.shape) for t in (x, up, down, weights))
 
 
 moe_experts_backward = register(
     FAMILY,
     "moe_experts_backward(Tensor dy, Tensor x, Tensor up, Tensor down, Tensor weights, "
-    "Tensor offsets, Tensor order, Tensor hidden) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor offsets, Tensor order, Tensor? starts, Tensor hidden) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=ref.backward,
     fake=_fake_backward,
     example=_example_backward,
-    plan=lambda dy, x, up, down, weights, offsets, order, hidden: _plan(
-        x, up, down, weights, offsets, order, backward=True
+    plan=lambda dy, x, up, down, weights, offsets, order, starts, hidden: _plan(
+        x, up, down, weights, offsets, order, starts, backward=True
     ),
     kernel="moe_experts.kernel:backward",
 )
@@ -236,13 +239,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dhidden):
-    return *moe_experts_backward(dy, *ctx.saved_tensors), None, None
+    return *moe_experts_backward(dy, *ctx.saved_tensors), None, None, None
 
 
 moe_experts = register(
     FAMILY,
-    "moe_experts(Tensor x, Tensor up, Tensor down, Tensor weights, Tensor offsets, Tensor order) "
-    "-> (Tensor, Tensor)",
+    "moe_experts(Tensor x, Tensor up, Tensor down, Tensor weights, Tensor offsets, Tensor order, "
+    "Tensor? starts) -> (Tensor, Tensor)",
     reference=ref.forward,
     fake=_fake,
     example=_example,

@@ -1,6 +1,8 @@
 """Squared-ReLU experts in plain torch: the specification and the CPU leg.
 
-T tokens of width X, E experts of width F, k slots per token, R = T * k rows sorted by expert.
+T tokens of width X, E experts of width F, R rows sorted by expert, one per slot. A token has k
+slots, R = T * k; in a ragged route, whose weights are (R,), token t has the slots ``starts[t]`` to
+``starts[t + 1] - 1``.
 
 Cast points, those of a fused kernel: every product accumulates in the accumulation dtype
 (float32; float64 stays float64) and its epilogue is applied before rounding. Rounded to the dtype
@@ -26,16 +28,17 @@ def forward(
     weights: torch.Tensor,
     offsets: torch.Tensor,
     order: torch.Tensor,
+    starts: torch.Tensor | None,
 ):
     """y_t = sum_j w_tj * down_e relu(up_e x_t)**2, e the j-th choice of t. Returns y and hidden."""
     acc, slot = acc_dtype(x), slots_of(offsets, order)
-    rows = x[slot // weights.shape[1]].to(acc)
+    rows = x[tokens_of(slot, weights, starts, x.shape[0])].to(acc)
     hidden = x.new_empty(slot.numel(), up.shape[1])
     out = x.new_empty(slot.numel(), x.shape[1])  # in slot order
     for e, r in segments(offsets):
         hidden[r] = linear(rows[r], up[e].to(acc)).relu_().square_().to(x.dtype)
         out[slot[r]] = linear(hidden[r].to(acc), down[e].to(acc)).to(x.dtype)
-    return slot_sum(out.view(*weights.shape, x.shape[1]), weights), hidden
+    return _token_sum(out, weights, starts, True), hidden
 
 
 def backward(
@@ -46,6 +49,7 @@ def backward(
     weights: torch.Tensor,
     offsets: torch.Tensor,
     order: torch.Tensor,
+    starts: torch.Tensor | None,
     hidden: torch.Tensor,
 ):
     """Per row, with g = down_e^T dy_t: dw = hidden . g and da = 2 relu(a) * w * g.
@@ -54,7 +58,7 @@ def backward(
     An expert without rows gets exact zeros. Returns dx, dup, ddown, dweights.
     """
     acc, slot = acc_dtype(x), order.long()
-    token = slot // weights.shape[1]
+    token = tokens_of(slot, weights, starts, x.shape[0])
     rows, grads = x[token].to(acc), dy[token].to(acc)
     row_weights = weights.to(acc).reshape(-1, 1)[slot]
     dup, ddown = torch.zeros_like(up), torch.zeros_like(down)
@@ -68,7 +72,7 @@ def backward(
         dup[e] = (da.T @ rows[r]).to(up.dtype)
         ddown[e] = (grads[r].T @ (w * h).to(x.dtype).to(acc)).to(down.dtype)
         dout[slot[r]] = (da @ up[e].to(acc)).to(x.dtype)
-    dx = slot_sum(dout.view(*weights.shape, x.shape[1]), None)
+    dx = _token_sum(dout, weights, starts, False)
     return dx, dup, ddown, dweights.view_as(weights)
 
 
@@ -119,6 +123,20 @@ def slots_of(offsets: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return slot
 
 
+def tokens_of(
+    slot: torch.Tensor, weights: torch.Tensor, starts: torch.Tensor | None, tokens: int
+) -> torch.Tensor:
+    """The token of each slot. Raises ValueError where ``starts`` are none of so many tokens."""
+    if starts is None:
+        return slot // weights.shape[1]
+    ends = starts.tolist()
+    if ends != sorted(ends) or (ends[0], ends[-1]) != (0, slot.numel()):
+        where = "moe_experts: `route.starts` must not decrease from 0 to"
+        raise ValueError(f"{where} {slot.numel()}, got {ends!s:.99}")
+    counts = starts.diff()
+    return torch.arange(tokens, device=slot.device).repeat_interleave(counts)[slot]
+
+
 def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) for every expert that has rows."""
     start = 0
@@ -128,9 +146,31 @@ def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
         start = end
 
 
+def _token_sum(slots, weights, starts, weighted):
+    # The sum of each token's slots (R, X), weighted or plain.
+    factors = weights if weighted else None
+    if starts is None:
+        return slot_sum(slots.view(*weights.shape, slots.shape[1]), factors)
+    return ragged_sum(slots, factors, starts)
+
+
 def slot_sum(slots: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """sum_j weights[:, j] * slots[:, j] (T, k, X) -> (T, X), in the order of j, rounded once."""
     return sum_of(slots.unbind(1), weights, slots.dtype)
+
+
+def ragged_sum(
+    slots: torch.Tensor, weights: torch.Tensor | None, starts: torch.Tensor
+) -> torch.Tensor:
+    """The same of slots (R, X) and weights (R,), those of token t from ``starts[t]`` on."""
+    acc, counts = acc_dtype(slots), starts.diff()
+    total = slots.new_zeros(counts.numel(), slots.shape[1], dtype=acc)
+    for j in range(int(counts.max()) if counts.numel() else 0):
+        here = (counts > j).nonzero()[:, 0]
+        at = starts[here].long() + j
+        part = slots[at].to(acc)
+        total[here] += part if weights is None else part * weights[at, None].to(acc)
+    return total.to(slots.dtype)
 
 
 def sum_of(

@@ -10,7 +10,14 @@ from nemokernels._checks import FLOATS, check, check_tensor
 from nemokernels._registry import acc_dtype
 from nemokernels.ops.moe_route import op, ref
 
-__all__ = ["Route", "balance_loss", "moe_route", "update_correction_bias"]
+__all__ = [
+    "RaggedRoute",
+    "Route",
+    "balance_loss",
+    "moe_route",
+    "ragged_route",
+    "update_correction_bias",
+]
 
 
 class Route(NamedTuple):
@@ -30,6 +37,24 @@ class Route(NamedTuple):
     counts: torch.Tensor
     offsets: torch.Tensor
     order: torch.Tensor
+
+
+class RaggedRoute(NamedTuple):
+    """Where tokens go that have any number of slots each. T tokens, E experts, R slots.
+
+    Attributes:
+        weights: (R,), float32 (or float64), the weight of each slot.
+        offsets: (E,), int32: where each expert's rows end.
+        order: (R,), int32. Rows are sorted by expert and, within one, by slot; row r serves slot
+            ``order[r]``.
+        starts: (T + 1,), int32, from 0 to R: token t has the slots ``starts[t]`` to
+            ``starts[t + 1] - 1``.
+    """
+
+    weights: torch.Tensor
+    offsets: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
 
 
 def moe_route(
@@ -101,6 +126,42 @@ def moe_route(
                      dtypes=FLOATS, device=logits.device)  # fmt: skip
     return Route(*op.moe_route(logits, correction_bias, top_k, n_group, topk_group,
                                norm_topk_prob, float(scale)))  # fmt: skip
+
+
+def ragged_route(
+    weights: torch.Tensor, experts: torch.Tensor, starts: torch.Tensor, *, num_experts: int
+) -> RaggedRoute:
+    """Sort by expert the slots of tokens that have any number of them each.
+
+    For tokens that were routed elsewhere, as under expert parallelism, where a rank sees the slots
+    of its own experts. Gradients reach ``weights``. Nothing waits for the device.
+
+    Args:
+        weights: (R,), float32 or float64, the weight of each slot, token after token.
+        experts: (R,), int32, the expert of each slot, 0 to ``num_experts`` - 1.
+        starts: (T + 1,), int32, from 0 to R, not decreasing: token t has the slots ``starts[t]`` to
+            ``starts[t + 1] - 1``, none if they are the same.
+        num_experts: E.
+
+    Returns:
+        A RaggedRoute, for :func:`moe_experts`, which refuses what is none: starts that are not as
+        above, experts out of range. On a GPU the values are not read back to be checked.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+    """
+    where = "ragged_route"
+    check_tensor(where, "weights", weights, shape=(None,), dims="(R,)",
+                 dtypes=(torch.float32, torch.float64))  # fmt: skip
+    integers = dict(dtypes=(torch.int32,), device=weights.device)
+    check_tensor(where, "experts", experts, shape=weights.shape, dims="(R,)", **integers)
+    check_tensor(where, "starts", starts, shape=(None,), dims="(T + 1,)", **integers)
+    check(where, starts.shape[0] >= 1, "`starts` is empty, expected (T + 1,) entries")
+    check(where, num_experts >= 1, "`num_experts` must be at least 1, got {}", num_experts)
+    # Negative numbers behind all experts, so that they are not counted among the rows of the first.
+    experts = torch.where(experts < 0, num_experts, experts)
+    _, offsets, order = ref.group_rows(experts, num_experts)
+    return RaggedRoute(weights, offsets, order, starts)
 
 
 def balance_loss(
