@@ -1,46 +1,110 @@
 """Experts over 2 and 4 ranks give what one process gives, forward and backward."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import expert_parallel_worker
+import expert_parallel_worker as worker
 import fsdp_worker
 import on_ranks
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemokernels import testing
+from nemokernels import moe_experts, testing
 from nemokernels.models import exact
 from nemokernels.models.mixers import Experts
-
-WORKER = Path(expert_parallel_worker.__file__)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("experts")
-    on_ranks.torchrun(WORKER, 4, out)
+    on_ranks.torchrun(Path(worker.__file__), 4, out)
     return out
 
 
+def in_parts(name, ranks):
+    """What one process gives with the ranks' cast points: each part of the experts sums a token's
+    slots and rounds, as it does the gradient of x; the parts are added up in float32."""
+    (x, up, down, dy), route = worker.problem(name)
+    wide, local = route.weights.dtype, worker.EXPERTS // ranks
+    total = {what: 0.0 for what in ("y", "dx", "dup", "ddown", "dweights")}
+    for rank in range(ranks):
+        here = route.experts // local == rank
+        leaves = [t.clone().requires_grad_() for t in (x, up, down, route.weights)]
+        y = moe_experts(*leaves[:3], route._replace(weights=leaves[3] * here))
+        y.backward(dy)
+        parts = y.detach(), *(t.grad for t in leaves)
+        for what, part in zip(total, parts):  # of the matrices and weights all but one are zero
+            total[what] = total[what] + part.to(wide)
+    return {what: t.to(wide if what == "dweights" else x.dtype) for what, t in total.items()}
+
+
+def gathered(results, name, ranks, what):
+    parts = [load_file(results / f"{name} {len(ranks)} {rank}.safetensors") for rank in ranks]
+    return torch.cat([part[what] for part in parts])
+
+
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", expert_parallel_worker.CASES)
+@pytest.mark.parametrize("name", worker.CASES)
 def test_equals_the_single_process(results, name, world):
-    low, want = expert_parallel_worker.run(name), expert_parallel_worker.run(name, wide=True)
+    """To rounding in float64, else with the budget of the same roundings in one process."""
+    low, want = in_parts(name, world), worker.run(name, wide=True)
     for first in range(0, 4, world):
-        ranks = range(first, first + world)
-        parts = [load_file(results / f"{name} {world} {rank}.safetensors") for rank in ranks]
-        got = {what: torch.cat([part[what] for part in parts]) for what in want}
-        assert torch.equal(got["y"], low["y"])
-        for what, value in got.items():
-            assert value.dtype == low[what].dtype
-            if value.dtype == torch.float64:
-                torch.testing.assert_close(value, want[what], rtol=1e-12, atol=1e-12)
+        for what in want:
+            got = gathered(results, name, range(first, first + world), what)
+            assert got.dtype == low[what].dtype
+            if got.dtype == torch.float64:
+                torch.testing.assert_close(got, want[what], rtol=1e-12, atol=1e-12)
             else:
-                testing.assert_matches(value, want[what], low[what], what)
-        idle = want["dup"].flatten(1).abs().amax(1) == 0
-        assert (got["dup"][idle] == 0).all() and (got["ddown"][idle] == 0).all()
+                testing.assert_matches(got, want[what], low[what], what)
+            if what in ("dup", "ddown"):
+                idle = want[what].flatten(1).abs().amax(1) == 0
+                assert (got[idle] == 0).all()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_cast_points(results, world):
+    """Wide sums are exact here: the stated roundings decide each bit."""
+    low, once = in_parts("integers", world), worker.run("integers")
+    for first in range(0, 4, world):
+        for what, want in low.items():
+            got = gathered(results, "integers", range(first, first + world), what)
+            assert torch.equal(got, want), what
+    assert not torch.equal(low["y"], once["y"]) and not torch.equal(low["dx"], once["dx"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", worker.CASES)
+def test_a_token_travels_once_to_a_rank(results, name, world):
+    """And with it, forward, a weight and a number per slot; kept is what arrived."""
+    (x, *_), route = worker.problem(name)
+    X, F, local = worker.WIDTH, worker.INNER, worker.EXPERTS // world
+    parts = route.experts.split(worker.split(name, world))
+    holders = [[{e // local for e in token} for token in part.tolist()] for part in parts]
+    for rank in range(4):
+        seen = json.loads((results / f"{name} {world} {rank}.json").read_text())
+        here = rank % world
+        rows, slots = sum(map(len, holders[here])), parts[here].numel()
+        came = sum(here in ranks for part in holders for ranks in part)
+        entries = int((route.experts // local == here).sum())
+        there, back = ([rows, X], [came, X]), ([came, X], [rows, X])
+        one_each = ([slots], [entries])
+        forward = [([world, 2],) * 2, there, one_each, one_each, back]
+        backward = [there, back, one_each[::-1]]
+        assert [tuple(pair) for pair in seen["exchanges"]] == forward + backward
+        weights = entries * route.weights.itemsize + 2 * local * X * F * x.itemsize
+        floats, integers = seen["kept"]
+        assert floats == (came * X + entries * F) * x.itemsize + weights
+        assert integers <= 8 * (rows + slots) + 4 * (entries + local + came + 1)
+
+
+def test_no_row_per_slot_is_made(results):
+    """A token whose eight experts live on four ranks has four rows at most, anywhere."""
+    for rank in range(4):
+        seen = json.loads((results / f"largest {rank}.json").read_text())
+        assert 0 < seen["largest"] <= seen["copy"] / 2
+        assert seen["same"] == [[8.0] * 64] * 5
 
 
 def test_experts_must_split_evenly_and_not_in_exact_mode():
