@@ -1,6 +1,8 @@
 """Routers in training: the auxiliary loss, and counts that a recomputed forward leaves alone."""
 
 import functools
+import math
+from types import SimpleNamespace
 
 import hybrids
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from nemokernels import balance_loss
-from nemokernels.models import streams
+from nemokernels.models import exact, streams
 from nemokernels.models.balance import Balance, carrying
 
 
@@ -32,6 +34,23 @@ def layer(balance=None):
     mixer = hybrids.model("E", moe_latent_size=16, dtype=torch.float64).backbone.layers[0].mixer
     mixer.gate.balance = balance
     return mixer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_multiplies_in_float32_forward_and_backward(dtype):
+    """Its weight is not rounded to the dtype of x; both gradients are, once each, to their own."""
+    gate = hybrids.model("E", moe_latent_size=16).to(dtype).backbone.layers[0].mixer.gate
+    weight = torch.randn_like(gate.weight)
+    gate.weight.data.copy_(weight)
+    x = torch.randn(50, 32).to(dtype).requires_grad_()
+    logits, dlogits = gate(x), torch.randn(50, len(weight))
+    wide = x.detach().float()
+    assert logits.dtype == torch.float32 and torch.equal(logits, wide @ weight.mT)
+    assert not torch.equal(logits, wide @ weight.to(dtype).float().mT)
+    logits.backward(dlogits)
+    assert gate.weight.grad.dtype == torch.float32 and x.grad.dtype == dtype
+    torch.testing.assert_close(gate.weight.grad, dlogits.mT @ wide, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x.grad, (dlogits @ weight).to(dtype))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -71,8 +90,15 @@ def test_a_layer_compiles_to_one_graph():
     assert int(mixer.gate.expert_counts.sum()) == 2 * 2 * 9 * 3
 
 
-def test_no_second_stream_without_a_gpu():
-    assert not streams.pays(torch.ones(4, 8))
+def test_a_second_stream_is_for_few_rows_on_a_gpu_and_not_for_exact_mode():
+    def pays(device, *shape):
+        x = SimpleNamespace(is_cuda=device == "cuda", shape=shape, numel=lambda: math.prod(shape))
+        return streams.pays(x)
+
+    assert pays("cuda", 1, streams.ROWS, 8) and pays("cuda", 0, 4, 8)
+    assert not pays("cuda", 2, streams.ROWS, 8) and not pays("cpu", 1, 4, 8)
+    with exact():
+        assert not pays("cuda", 1, 4, 8)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,15 @@ import on_gpu
 import pytest
 import torch
 
-from nemokernels import Route, moe_experts, moe_route, ragged_route, testing, use_backend
+from nemokernels import (
+    Route,
+    balance_loss,
+    moe_experts,
+    moe_route,
+    ragged_route,
+    testing,
+    use_backend,
+)
 from nemokernels.ops.moe_experts import native, op
 from nemokernels.ops.moe_route import ref
 
@@ -52,6 +60,12 @@ def test_route_of_equal_scores_and_nan():
     got, want = moe_route(logits.cuda(), top_k=6), moe_route(logits, top_k=6)
     for a, b in zip(got, want):
         torch.testing.assert_close(a.cpu(), b, equal_nan=True)
+
+
+def test_balance_loss():
+    bounds = torch.tensor([0, 300, 301, 1000])
+    on_gpu.compare(lambda x: balance_loss(x, top_k=6, cu_seqlens=bounds.to(x.device)),
+                   [spread(1010, 128)], [torch.ones(())])  # fmt: skip
 
 
 def problem(tokens, experts, top_k, width, hidden, dtype, skew=0.0):

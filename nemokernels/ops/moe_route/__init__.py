@@ -217,7 +217,9 @@ def balance_loss(
     with torch.no_grad():
         rows, sequences = torch.arange(scores.shape[0], device=logits.device), len(ends)
         owner = torch.searchsorted(ends, rows, right=True)  # == sequences for padding
-        best = ref.ranking(scores)[:, :top_k] + owner[:, None] * experts
+        # The order of the scores is that before they were normalised.
+        best = op.moe_route(logits.reshape(-1, experts), None, top_k, 1, 1, False, 1.0)[1]
+        best = best + owner[:, None] * experts
         # Integer sums: exact in any order, so that atomics cost no reproducibility.
         load = best.new_zeros((sequences + 1) * experts)
         load.index_add_(0, best.reshape(-1), torch.ones_like(best).reshape(-1))
