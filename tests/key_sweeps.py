@@ -7,6 +7,7 @@ tried, and options that a model fixes too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -90,6 +91,27 @@ def selective_scan(call, rows, tokens, slices, packed=False, gate=True):
     call("selective_scan_backward", dout, states, *inputs)
 
 
+def moe_route(call, rows, tokens, slices, **groups):
+    logits, _ = slices((rows * tokens + tokens % 2,), 48, 48)  # not always a multiple of rows
+    groups = [groups.get(name, 1) for name in ("n_group", "topk_group")]
+    weights, experts, *_ = call("moe_route", logits, zeros(48), 6, *groups, True, 2.5)
+    call("moe_route_backward", weights, logits, experts, True, 2.5)
+
+
+@functools.cache
+def _head():
+    return zeros(8528, 1024, dtype=torch.bfloat16)
+
+
+def cross_entropy(call, rows, tokens, slices, sums=False):
+    hidden, _ = slices((rows * tokens,), 1024, 16)
+    labels = -100, 0, len(_head())
+    targets = zeros(rows * tokens, dtype=torch.int64)
+    lse, chosen, total = call("linear_log_sum_exp", hidden, _head(), targets, *labels, sums)
+    call("linear_log_sum_exp_backward", lse, chosen, total if sums else None, hidden, _head(),
+         targets, lse, *labels)  # fmt: skip
+
+
 SWEEPS = (
     Sweep(relu2),
     Sweep(
@@ -107,6 +129,17 @@ SWEEPS = (
         selective_scan,
         ({}, dict(packed=True), dict(gate=False)),
         most={"selective_scan_kernel": 2},
+    ),
+    Sweep(
+        moe_route,
+        ({}, dict(n_group=4, topk_group=2)),
+        most={"moe_route_order_kernel": 2},  # few slots by one program, many by several
+    ),
+    Sweep(
+        cross_entropy,
+        ({}, dict(sums=True)),
+        # Of the weights; of hidden, whole, or the first block of classes and the others.
+        most={"cross_entropy_product_kernel": 4},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

@@ -84,7 +84,7 @@ def _fade(peak, higher):
     return tl.exp(tl.minimum(_base(peak) - _base(higher), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def cross_entropy_statistics_kernel(
     hidden_ptr,
     weight_ptr,
@@ -130,7 +130,7 @@ def cross_entropy_statistics_kernel(
     tl.store(mass_ptr + at, mass, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def cross_entropy_combine_kernel(
     targets_ptr,
     peak_ptr,
@@ -174,7 +174,7 @@ def cross_entropy_combine_kernel(
     tl.store(chosen_ptr + token, tl.where(wrong, float("nan"), 0.0), mask=real & ~here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def cross_entropy_grad_kernel(
     hidden_ptr,
     weight_ptr,
@@ -223,16 +223,16 @@ def cross_entropy_grad_kernel(
     tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def cross_entropy_product_kernel(
     a_ptr,
     b_ptr,
     out_ptr,
     targets_ptr,
     ignore,
-    rows,
+    tokens,
+    classes,
     columns,
-    depth,
     stride_a,
     stride_b,
     stride_out,
@@ -245,8 +245,11 @@ def cross_entropy_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # out (rows, columns) = a @ b, added to what is there if ADD. OVER_TOKENS: a^T @ b over the
-    # tokens that count; what b holds of others may be NaN.
+    # out (tokens, columns) = a @ b, added to what is there if ADD; a is (tokens, classes).
+    # OVER_TOKENS: out (classes, columns) = a^T @ b over the tokens that count; what b holds of
+    # others may be NaN.
+    rows = classes if OVER_TOKENS else tokens
+    depth = tokens if OVER_TOKENS else classes
     block_m, block_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     row, column = block_m * BLOCK_M, block_n * BLOCK_N
     m, n = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -279,7 +282,8 @@ def forward(hidden, weight, targets, ignore_index, first, classes, sums, config)
     if not tokens:
         return lse, chosen, total
     blocks = cdiv(here, config.logits.columns)
-    peak, mass = hidden.new_empty(2, blocks, tokens, dtype=torch.float32)
+    # Each by itself: where a part of a larger one begins would depend on the tokens.
+    peak, mass = (hidden.new_empty(blocks, tokens, dtype=torch.float32) for _ in range(2))
     part = hidden.new_empty(blocks if sums else 0, tokens, dtype=torch.float32)
     labels = ignore_index, first, classes
     if here:
@@ -343,10 +347,10 @@ def _product(a, b, out, config, labels=None, add=False):
     tma_a, a_arg = _operand(a, *box, config.tma)
     tma_b, b_arg = _operand(b, tile.depth, tile.columns, config.tma and not over_tokens)
     cross_entropy_product_kernel[(cdiv(rows, tile.rows) * cdiv(columns, tile.columns),)](
-        a_arg, b_arg, out, *(labels or (None, 0)), rows, columns, a.shape[0 if over_tokens else 1],
-        a.stride(0), b.stride(0), out.stride(0), OVER_TOKENS=over_tokens, ADD=add, TMA_A=tma_a,
-        TMA_B=tma_b, GROUP=GROUP, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        a_arg, b_arg, out, *(labels or (None, 0)), *a.shape, columns, a.stride(0), b.stride(0),
+        out.stride(0), OVER_TOKENS=over_tokens, ADD=add, TMA_A=tma_a, TMA_B=tma_b, GROUP=GROUP,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
 
 

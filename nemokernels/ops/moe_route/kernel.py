@@ -43,7 +43,7 @@ def _pack(rank, low):
     return (rank.to(tl.int64) << 32) | low.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def moe_route_choose_kernel(
     logits_ptr,
     bias_ptr,
@@ -114,7 +114,7 @@ def moe_route_choose_kernel(
     tl.store(experts_ptr + at, chosen, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def moe_route_backward_kernel(
     dweights_ptr,
     logits_ptr,
@@ -167,7 +167,7 @@ def _count(experts_ptr, begin, end, LANES: tl.constexpr, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def moe_route_count_kernel(
     experts_ptr, table_ptr, slots, piece, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -177,7 +177,7 @@ def moe_route_count_kernel(
     tl.store(table_ptr + offset64(tl.program_id(0), LANES) + tl.arange(0, LANES), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def moe_route_scan_kernel(
     table_ptr,
     counts_ptr,
@@ -201,7 +201,7 @@ def moe_route_scan_kernel(
     tl.store(counts_ptr + column, total, mask=column < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def moe_route_order_kernel(
     experts_ptr,
     table_ptr,
