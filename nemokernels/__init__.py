@@ -1,5 +1,7 @@
 """nemokernels: fused GPU primitives for NVIDIA's Nemotron models, as differentiable torch ops."""
 
+import torch
+
 from nemokernels._backends import backends, use_backend
 from nemokernels.ops.attention import attention, attention_with_cache
 from nemokernels.ops.causal_conv1d import (
@@ -61,6 +63,12 @@ from nemokernels.ops.w4a16 import TiledNVFP4, nvfp4_linear, tile_nvfp4, untile_n
 from nemokernels.patch import patch_transformers
 
 __version__ = "0.1.0"
+
+# What torch may read back with weights_only=True: tuples of tensors, whose parts functions check.
+torch.serialization.add_safe_globals(
+    [FP8Experts, Fp8Codes, Fp8Normed, NVFP4, NVFP4Experts, Route, SwizzledNVFP4, TiledNVFP4,
+     Verdict]
+)  # fmt: skip
 
 __all__ = [
     "FP8Experts",
