@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +75,7 @@ def generate(
         max_new_tokens: largest number of tokens to generate per request, at least 1.
         speculate: drafts per step; needs a model with an MTP block.
         exact: compute every token on its own (:func:`nemokernels.models.exact`); slow on batches.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; finite.
         top_k, top_p: cut the distribution; None: no cut. See :func:`nemokernels.mtp_verify`.
         seed: of the random numbers.
         request_ids: an integer per prompt from which its random numbers derive; None: 0, 1, ...
@@ -92,6 +93,7 @@ def generate(
     ends = _ends(eos)
     _check(model, prompts, max_new_tokens, speculate, request_ids)
     _check_images(model, prompts, image_features)
+    _check_sampling(temperature, top_k, top_p, seed)
     requests = [
         _Request(slot, list(prompt), len(prompt) + max_new_tokens, request_id, ends)
         for slot, (prompt, request_id) in enumerate(
@@ -317,6 +319,21 @@ def _check(model, prompts, max_new_tokens, speculate, request_ids) -> None:
                 raise TypeError(f"generate: `prompts[{index}]` holds {token!r:.80}, expected ints")
             check("generate", 0 <= token < vocab,
                   f"`prompts[{index}]` holds {token}, expected a token below {vocab}")  # fmt: skip
+
+
+def _check_sampling(temperature, top_k, top_p, seed) -> None:
+    for name, value, kind, holds, wanted in (
+        ("temperature", temperature, float, lambda t: 0 <= t < math.inf, "finite, not negative"),
+        ("top_k", 0 if top_k is None else top_k, int, lambda k: k >= 0, "at least 0"),
+        ("top_p", 1 if top_p is None else top_p, float, lambda p: 0 < p <= 1, "in (0, 1]"),
+        ("seed", seed, int, lambda s: 0 <= s < 2**64, "in [0, 2**64)"),
+    ):
+        kinds = (int, float) if kind is float else int
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(
+                f"generate: `{name}` must be {kind.__name__}, got {type(value).__name__}"
+            )
+        check("generate", holds(value), f"`{name}` must be {wanted}, got {value}")
 
 
 def _check_images(model, prompts, image_features) -> None:

@@ -236,13 +236,25 @@ def test_a_request_without_a_distribution_is_named():
         (dict(speculate=-1), ValueError, "`speculate` must be at least 0"),
         (dict(request_ids=[1, 2]), ValueError, "`request_ids` must have one id per prompt"),
         (dict(eos="</s>"), TypeError, "`eos` holds '<'"),
-        (dict(temperature=-1.0), ValueError, "`temperature`"),
-        (dict(top_p=0.0), ValueError, "`top_p`"),
-        (dict(top_k=-2), ValueError, "`top_k`"),
+        (dict(temperature=-1.0), ValueError, "`temperature` must be finite, not negative, got -1"),
+        (dict(temperature=float("inf")), ValueError, "`temperature` must be finite"),
+        (dict(temperature=float("nan")), ValueError, "`temperature` must be finite"),
+        (dict(temperature="hot"), TypeError, "`temperature` must be float, got str"),
+        (dict(temperature=None), TypeError, "`temperature` must be float, got NoneType"),
+        (dict(temperature=torch.ones(1)), TypeError, "`temperature` must be float, got Tensor"),
+        (dict(top_p=0.0), ValueError, r"`top_p` must be in \(0, 1\], got 0"),
+        (dict(top_p=1.5), ValueError, "`top_p`"),
+        (dict(top_k=-2), ValueError, "`top_k` must be at least 0, got -2"),
+        (dict(top_k=2.0), TypeError, "`top_k` must be int"),
+        (dict(top_k=True), TypeError, "`top_k` must be int, got bool"),
+        (dict(seed=-1), ValueError, "`seed` must be in"),
+        (dict(seed=2**64), ValueError, "`seed` must be in"),
+        (dict(seed=0.5), TypeError, "`seed` must be int"),
+        (dict(temperature=-1.0, prompts=[]), ValueError, "`temperature`"),
     ],
 )
 def test_bad_input(change, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"generate: {message}"):
         generate(**{"model": small(), "prompts": [[1]], "max_new_tokens": 1, **change})
 
 

@@ -139,10 +139,14 @@ def train(
     settings.check()
     if save_every < 1:
         raise DataError(f"save_every must be at least 1, got {save_every}")
-    beside = Path(model) if Path(model).is_dir() else Path(model).parent
+    network, fill = load_model(model, seed=settings.seed)
+    path = Path(model)
+    if tokenizer is None and not path.exists():
+        raise DataError(f"{model} is a model's name, beside which lies no tokenizer.json; give one "
+                        "with --tokenizer")  # fmt: skip
+    beside = path if path.is_dir() else path.parent
     encoder = load_tokenizer(tokenizer or beside / "tokenizer.json")
     corpus = Corpus.from_texts(encoder, read_texts(text_files(data)))
-    network, fill = load_model(model, seed=settings.seed)
     reports = fit(
         network, encoder, corpus, settings, out, save_every=save_every, fresh=fresh, fill=fill
     )
