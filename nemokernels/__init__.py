@@ -64,12 +64,6 @@ from nemokernels.patch import patch_transformers
 
 __version__ = "0.1.0"
 
-# What torch may read back with weights_only=True: tuples of tensors, whose parts functions check.
-torch.serialization.add_safe_globals(
-    [FP8Experts, Fp8Codes, Fp8Normed, NVFP4, NVFP4Experts, Route, SwizzledNVFP4, TiledNVFP4,
-     Verdict]
-)  # fmt: skip
-
 __all__ = [
     "FP8Experts",
     "Fp8Codes",
@@ -135,3 +129,9 @@ __all__ = [
     "update_correction_bias",
     "use_backend",
 ]
+
+# What torch may read back with weights_only=True: tuples of tensors, whose parts functions check.
+torch.serialization.add_safe_globals(
+    [kind for kind in map(globals().get, __all__)
+     if isinstance(kind, type) and issubclass(kind, tuple)]
+)  # fmt: skip
