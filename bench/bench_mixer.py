@@ -1,5 +1,7 @@
 """The whole Mamba-2 mixer between its projections: convolution, scan and gated norm."""
 
+from functools import partial
+
 import torch
 
 from nemokernels import mamba_split_conv1d_scan_combined
@@ -20,9 +22,9 @@ def inputs(make, B, T, H, P, G, N):
     )  # fmt: skip
 
 
-def ours(zxbcdt, conv_weight, conv_bias, A, D, dt_bias, weight, P, G):
+def ours(zxbcdt, conv_weight, conv_bias, A, D, dt_bias, weight, P, G, chunk=ssd.CHUNK):
     return mamba_split_conv1d_scan_combined(
-        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, ssd.CHUNK, rmsnorm_weight=weight,
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, chunk, rmsnorm_weight=weight,
         rmsnorm_eps=norm.EPS, headdim=P, ngroups=G, norm_before_gate=False,
     )  # fmt: skip
 
@@ -48,6 +50,7 @@ def of(convolve, scan, normalise):
 
 MIXER = Subject(
     "ssd", "mamba_split_conv1d_scan_combined", inputs=inputs, ours=ours, exact=exact,
+    lows=tuple(partial(exact, chunk=n) for n in ssd.OTHERS),
     eager=of(conv.eager, ssd.eager, norm.eager),
     # mamba_ssm's scan and norm with fla's convolution: its own needs causal-conv1d.
     peers={"mamba_ssm": lambda: of(conv.fla(), ssd.mamba_ssm(), norm.mamba_ssm())},

@@ -1,5 +1,7 @@
 """The Mamba-2 chunk scan, with step bias, softplus, skip and final states."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -8,6 +10,7 @@ from nemokernels.bench.rows import Subject, mamba, unit
 from nemokernels.ops.ssd import cost
 
 CHUNK = 128
+OTHERS = (32, 64, 96, 160, 192)  # with which the reference rounds elsewhere, and errs as much
 
 
 def decay(make, H):
@@ -28,12 +31,12 @@ def inputs(make, B, T, H, P, G, N):
     )  # fmt: skip
 
 
-def ours(x, dt, A, B, C, D, dt_bias):
-    return mamba_chunk_scan_combined(x, dt, A, B, C, CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True,
+def ours(x, dt, A, B, C, D, dt_bias, chunk=CHUNK):
+    return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, dt_softplus=True,
                                      return_final_states=True)  # fmt: skip
 
 
-def exact(x, dt, A, B, C, D, dt_bias):
+def exact(x, dt, A, B, C, D, dt_bias, chunk=CHUNK):
     """A row and a group at a time, so that the reference's scores fit in memory."""
     groups, rows = B.shape[2], []
     per_head = [t.chunk(groups, -1) for t in (dt, A, D, dt_bias)]
@@ -44,7 +47,7 @@ def exact(x, dt, A, B, C, D, dt_bias):
             group = slice(g, g + 1)
             row = slice(b, b + 1)
             parts.append(ours(x[row, :, heads], steps[row], a, B[row, :, group], C[row, :, group],
-                              skip, bias))  # fmt: skip
+                              skip, bias, chunk))  # fmt: skip
         rows.append((torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 1)))
     return tuple(torch.cat(results) for results in zip(*rows))
 
@@ -104,6 +107,7 @@ def fla():
 
 SSD = Subject(
     "ssd", "mamba_chunk_scan_combined", inputs=inputs, ours=ours, exact=exact, eager=eager,
+    lows=tuple(partial(exact, chunk=n) for n in OTHERS),
     peers={"mamba_ssm": mamba_ssm, "fla": fla}, wrt=("x", "dt", "A", "B", "C", "D", "dt_bias"),
     tiny=dict(B=1, T=600, H=4, P=8, G=2, N=16),
 )  # fmt: skip
@@ -149,7 +153,8 @@ def mamba_ssm_packed():
 
 PACKED = Subject(
     "ssd", "mamba_chunk_scan_combined, packed", inputs=inputs_packed, ours=ours_packed,
-    exact=one_by_one(exact), eager=one_by_one(eager), peers={"mamba_ssm": mamba_ssm_packed},
+    exact=one_by_one(exact), lows=tuple(map(one_by_one, SSD.lows)), eager=one_by_one(eager),
+    peers={"mamba_ssm": mamba_ssm_packed},
     wrt=SSD.wrt, tiny=dict(T=300, S=3, H=4, P=8, G=2, N=16),
 )  # fmt: skip
 

@@ -98,6 +98,7 @@ class Subject:
             same as ``ours``. Results are compared in order; a peer may return fewer.
         wrt: inputs that gradients are taken of, through the first result.
         exact: computes what ``ours`` does with bounded memory, for the float64 reference.
+        lows: compute the same with other roundings, for the budget of results of few elements.
         mutates: inputs that are written in place.
         needs: why it cannot be measured on a device; None if it can.
         kept: inputs that the float64 reference takes as they are, such as scales.
@@ -112,6 +113,7 @@ class Subject:
     peers: Mapping[str, Callable[[], Callable]] = field(default_factory=dict)
     wrt: tuple[str, ...] = ()
     exact: Callable | None = None
+    lows: tuple[Callable, ...] = ()
     mutates: tuple[str, ...] = ()
     needs: Callable[[torch.device], str | None] = lambda device: None
     kept: tuple[str, ...] = ()

@@ -194,6 +194,39 @@ def test_a_missing_result_and_wrong_codes_are_wrong():
         judge.peer([])
 
 
+@pytest.mark.parametrize(("lows", "few", "right"), [(1, 99, True), (0, 99, False), (1, 0, False)])
+def test_few_elements_have_the_budget_of_several_references(monkeypatch, lows, few, right):
+    """Chance may have made the first one good; of many elements it cannot."""
+    row = tiny(next(r for r in ROWS if r.subject.title == "relu2" and r.way == "forward"))
+    monkeypatch.setattr(check, "FEW", few)
+    off = lambda by: lambda x: row.subject.ours(x) * (1 + by)  # noqa: E731
+    subject = dataclasses.replace(row.subject, tiny=dict(rows=1, width=8), lows=(off(0.1),) * lows)
+    judge = check.Judge(tiny(dataclasses.replace(row, subject=subject)), CPU)
+    result = judge.task(off(0.15)).once()
+    if right:
+        assert 0.5 < judge.ours(result) <= 1
+    else:
+        with pytest.raises(check.Wrong):
+            judge.ours(result)
+
+
+def test_the_scans_gradient_of_decay_is_held_to_other_chunks(monkeypatch):
+    """Their references are right ones: they err by their roundings, each by its own."""
+    row = tiny(next(r for r in ROWS if r.subject.title.endswith("packed") and r.way == "backward"))
+    judge, place = check.Judge(row, CPU), row.subject.wrt.index("A")
+    errors = set()
+    for low in row.subject.lows:
+        results = judge.task(low).once()
+        assert judge.ours(results) <= 1
+        errors.add((results[place] - judge.exact[place]).abs().max().item())
+    used = (judge.low[place] - judge.exact[place]).abs().max().item()
+    assert len(errors) > 1 and used >= max(errors)
+    monkeypatch.setattr(check, "FEW", 16)  # the gradient of A has 4 elements, that of x 9600
+    some = check.Judge(row, CPU)
+    assert torch.equal(some.low[place], judge.low[place])
+    assert torch.equal(some.low[0], judge.task(row.subject.exact).once()[0])
+
+
 def test_a_wrong_gradient_is_wrong():
     row = tiny(next(r for r in ROWS if r.subject.title == "relu2" and r.way == "backward"))
     judge = check.Judge(row, CPU)

@@ -26,3 +26,18 @@ def test_what_is_not_finite_must_be_where_it_belongs(value):
         testing.assert_matches(WANT, want, low)
     with pytest.raises(AssertionError, match="`low` is not finite where `reference` is"):
         testing.assert_matches(WANT, WANT, low)
+
+
+def test_worst_of_several_references():
+    near, far = WANT.bfloat16(), WANT.bfloat16() * 1.1
+    assert testing.worst(WANT, [near, far, LOW]) is far
+    assert testing.worst(WANT, [near]) is near
+    empty = torch.empty(0)
+    assert testing.worst(empty.double(), [empty, empty.clone()]) is empty
+    wrong = near.clone()
+    wrong[0] = torch.nan  # no budget: found, not passed over
+    assert testing.worst(WANT, [far, wrong]) is wrong
+    want = WANT.clone()
+    want[1] = torch.inf
+    same = want.bfloat16()
+    assert testing.worst(want, [same, same * 1.1]) is not same
