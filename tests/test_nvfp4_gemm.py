@@ -10,6 +10,7 @@ from nemokernels import (
     NVFP4Experts,
     SwizzledNVFP4,
     backends,
+    dequantize_nvfp4,
     moe_experts,
     moe_route,
     nvfp4_linear,
@@ -169,6 +170,21 @@ def test_experts_by_another_formula(tokens):
     )
 
 
+def test_a_square_is_rounded_once():
+    """Sums that fit float32, squares that do not fit bfloat16: rounded after the square alone."""
+    rows, matrices = torch.randint(256, (9, 32)).byte(), torch.randint(256, (2, 24, 32)).byte()
+    one, offsets = torch.tensor(1.0), torch.tensor([7, 9], dtype=torch.int32)
+    scales, more = (one.expand(*n, 4).to(torch.float8_e4m3fn) for n in ((9,), (2, 24)))
+    a, b = (dequantize_nvfp4(*q, one, dtype=F32) for q in ((rows, scales), (matrices, more)))
+    args = (rows, ref.group_scales(scales.view(torch.uint8), offsets), matrices,
+            swizzle_scales(more).view(torch.uint8), torch.ones(2), offsets)  # fmt: skip
+    wide = torch.cat([a[:7] @ b[0].T, a[7:] @ b[1].T])
+    square = wide.relu().square()
+    assert torch.equal(ref.grouped_product(*args, False), wide.to(BF16))
+    assert torch.equal(ref.grouped_product(*args, True), square.to(BF16))
+    assert not torch.equal(square.to(BF16), wide.to(BF16).relu().square())
+
+
 def test_experts_round_to_the_dtype_of_x():
     (_, up), (_, down) = experts_of(4, 32, 48)
     x, route = torch.randn(9, 32), moe_route(torch.randn(9, 4), top_k=2)
@@ -228,6 +244,7 @@ X, W = (swizzle_nvfp4(random_operand(n, 64, scale_2=torch.ones(()))) for n in (4
 PLAIN = random_operand(8, 64, scale_2=torch.ones(()))
 NEGATIVE = PLAIN._replace(scales=(-PLAIN.scales.float()).to(torch.float8_e4m3fn))
 (_, UP), (_, DOWN) = experts_of(3, 32, 48)
+SEVENTEEN, (_, (_, SIXTEEN)) = UP._replace(codes=UP.codes[:, :17]), experts_of(3, 32, 16)
 R = moe_route(torch.zeros(4, 3), top_k=2)
 
 
@@ -262,6 +279,11 @@ def run(up=UP, down=DOWN, **changes):
         (lambda: run(down=DOWN[0]), TypeError, "`down` must be a NVFP4Experts, got Tensor"),
         (lambda: run(x=torch.zeros(4, 48)), ValueError, "`up` has 32 columns, expected the 48"),
         (lambda: run(down=UP), ValueError, "`down.codes` has shape"),
+        (lambda: run(up=SEVENTEEN, down=SIXTEEN), ValueError, "`up` has 17 rows, expected a mult"),
+        (lambda: run(input_scale=torch.ones((), requires_grad=True)), ValueError,
+         "`up.input_scale` requires a gradient; it has none"),
+        (lambda: run(global_scale=torch.ones(3, requires_grad=True)), ValueError,
+         "`up.global_scale` requires a gradient; it has none"),
         (lambda: run(global_scale=torch.ones(())), ValueError, r"`up.global_scale` has shape \("),
         (lambda: run(input_scale=torch.ones(3)), ValueError, "`up.input_scale` has shape"),
         (lambda: run(down=DOWN._replace(input_scale=torch.ones(1))), ValueError, "one per expert"),

@@ -12,6 +12,7 @@ from nemokernels import (
     moe_experts,
     moe_route,
     nvfp4_linear,
+    pack_e2m1,
     quantize_nvfp4_weight,
     testing,
     tile_nvfp4,
@@ -87,7 +88,7 @@ def test_linear_equals_dequantise_then_product(dtype, shape):
     assert torch.equal(nvfp4_linear(x, tiled), got[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_rounds_nothing_of_the_weight(dtype):
     """Differences of two weights, exact without the global scale, show a rounding in between."""
     q = random_weight(32, 32, scale_2=torch.tensor(1 / 3))
@@ -166,22 +167,33 @@ def test_experts_in_low_precision(dtype):
     testing.assert_matches(moe_experts(x, *packed, route), exact, low)
 
 
-def test_experts_cast_points():
-    """hidden and the rows that leave an expert are rounded to bfloat16, once each."""
-    route, (packed, _) = route_of(9, 3, 2), experts_of(3, 32, 48)
-    x = torch.randint(-3, 4, (9, 32)).bfloat16()
-    up, down = (
-        (dequantize_nvfp4(*q._replace(global_scale=torch.ones(3)), dtype=torch.float32),
-         q.global_scale) for q in map(untile_nvfp4, packed)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_cast_points(dtype):
+    """hidden and the rows that leave an expert are rounded, once each. Small codes, scales that are
+    powers of two and few columns make every sum exact: not one bit may differ."""
+    small = torch.tensor([0, 1, 2, 3, 4, 9, 10, 11, 12], dtype=torch.uint8)
+
+    def matrix(rows, columns, scale_2):
+        codes = pack_e2m1(small[torch.randint(9, (3, rows, columns))])
+        scales = torch.ones(3, rows, columns // 16).to(torch.float8_e4m3fn)
+        q = NVFP4(codes, scales, torch.tensor(scale_2))
+        return tile_nvfp4(q), dequantize_nvfp4(*q, dtype=torch.float32)
+
+    (up, wide_up), (down, wide_down) = (
+        matrix(16, 32, [1.0, 0.5, 2.0]), matrix(32, 16, [0.25, 1.0, 2.0])
     )  # fmt: skip
-    want = torch.zeros(9, 32)
+    x, route = torch.randint(-2, 3, (9, 32)).to(dtype), route_of(9, 3, 2)
+    route = route._replace(weights=torch.randint(4, 8, (9, 2)) / 8)
+    want, rounded = torch.zeros(9, 32), 0
     for t in range(9):
         for j in range(2):
             e = route.experts[t, j]
-            h = ((up[0][e] @ x[t].float()) * up[1][e]).relu().square().bfloat16().float()
-            out = ((down[0][e] @ h) * down[1][e]).bfloat16().float()
+            exact = (wide_up[e] @ x[t].float()).relu().square()
+            h = exact.to(dtype).float()
+            out = (wide_down[e] @ h).to(dtype).float()
+            rounded += (h != exact).any() + (out != wide_down[e] @ h).any()
             want[t] += route.weights[t, j] * out
-    assert (moe_experts(x, *packed, route).float() - want).abs().max() <= 2**-7 * want.abs().max()
+    assert rounded > 9 and torch.equal(moe_experts(x, up, down, route), want.to(dtype))
 
 
 def test_experts_nan_stays_in_its_token_and_autocast():
@@ -229,6 +241,8 @@ NEGATIVE = W._replace(scales=(-W.scales.float()).to(torch.float8_e4m3fn))
         (lambda: nvfp4_linear(X.to("meta"), W), ValueError, "`codes` is on cpu, expected meta"),
         (lambda: nvfp4_linear(X, W._replace(global_scale=torch.ones(8))), ValueError,
          "`weight.global_scale` has shape"),
+        (lambda: nvfp4_linear(X, tile_nvfp4(W)._replace(global_scale=torch.ones((),
+            requires_grad=True))), ValueError, "`weight.global_scale` requires a gradient"),
         (lambda: moe_experts(X, UP, DOWN[0], R), TypeError, "`down` must be a TiledNVFP4"),
         (lambda: moe_experts(X, UP, UP, R), ValueError, "`down` is 16 x 32, expected 32 x 16"),
         (lambda: moe_experts(X, DOWN, UP, R), ValueError, "`up` has 16 columns, expected the 32"),
