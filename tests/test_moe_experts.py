@@ -3,7 +3,17 @@ import itertools
 import pytest
 import torch
 
-from nemokernels import Route, moe_experts, moe_route, testing
+from nemokernels import (
+    FP8Experts,
+    NVFP4Experts,
+    Route,
+    moe_experts,
+    moe_route,
+    quantize_nvfp4_weight,
+    swizzle_nvfp4,
+    testing,
+    tile_nvfp4,
+)
 from nemokernels.ops.moe_experts import ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -275,15 +285,30 @@ def test_bad_input(change, error, message):
         moe_experts(**args)
 
 
+def expert_weights(kind):
+    """Of three experts, both of whose matrices are 16 x 16."""
+    matrix, one = torch.randn(3, 16, 16), torch.ones(3)
+    if kind == "FP8":
+        eight = FP8Experts(matrix.to(torch.float8_e4m3fn), one, one)
+        return eight._replace(input_scale=one[:1]), eight
+    four = quantize_nvfp4_weight(matrix, amax=matrix.abs().amax((1, 2)))
+    if kind == "W4A4":
+        both = NVFP4Experts(*swizzle_nvfp4(four), one)
+        return both._replace(input_scale=one[:1]), both
+    return (tile_nvfp4(four),) * 2 if kind == "W4A16" else (matrix, matrix)
+
+
+@pytest.mark.parametrize("kind", ["unquantised", "FP8", "W4A16", "W4A4"])
 @pytest.mark.parametrize("part, values, message", [
     ("offsets", [1, 9, 4], "`route.offsets` must not decrease and end at 4, got "),
     ("offsets", [1, 2, 3], "`route.offsets` must not decrease and end at 4, got "),
     ("offsets", [-1, 2, 4], "`route.offsets` must not decrease and end at 4, got "),
     ("order", [0, 1, 2, 4], "`route.order` has slots outside 0 to 3"),
     ("order", [0, -1, 2, 3], "`route.order` has slots outside 0 to 3"),
+    ("order", [0, 2, 2, 3], "`route.order` holds a slot twice, expected each once"),
 ])  # fmt: skip
-def test_a_route_that_is_none_is_refused(part, values, message):
+def test_a_route_that_is_none_is_refused(kind, part, values, message):
     route = moe_route(torch.zeros(2, 3), top_k=2)
     route = route._replace(**{part: torch.tensor(values, dtype=torch.int32)})
     with pytest.raises(ValueError, match="moe_experts: " + message):
-        moe_experts(X, UP, DOWN, route)
+        moe_experts(torch.ones(2, 16), *expert_weights(kind), route)

@@ -126,6 +126,12 @@ def test_scales_of_groups_begin_at_tiles(ends):
     assert first <= grouped.shape[0] and not grouped[first:].any()
 
 
+def test_scales_of_groups_that_are_none_stay_in_bounds():
+    offsets = torch.tensor([1, 0] * 20 + [3], dtype=torch.int32)
+    grouped = ref.group_scales(torch.ones(3, 4, dtype=torch.uint8), offsets)
+    assert grouped.shape == (ref.padded_rows(3, 41), 4)
+
+
 def test_padded_rows_are_enough_for_any_split():
     for rows in range(0, 300, 7):
         for experts in (1, 2, 5):

@@ -173,6 +173,20 @@ def test_offsets_that_are_none_stay_in_bounds(host_library, ends):
             torch.testing.assert_close(out[rows].float(), want, rtol=2**-8, atol=1e-30)
 
 
+@pytest.mark.parametrize("ends", [(5, 5, 12, 12), (900, 3, -7, 40), (-1,) * 4, (2**30, 0, 5, 1)])
+@pytest.mark.parametrize("change", [{}, {0: -7, 3: 12, 8: 2**31 - 1}, {0: 1, 2: 1}])
+def test_experts_of_a_route_that_is_none_stay_in_bounds(host_library, ends, change):
+    """Ends of any kind, slots out of range or twice: what a GPU does not read back to refuse."""
+    *args, _, order = op._example_experts(CPU, torch.bfloat16)
+    order = order.clone()
+    for row, slot in change.items():
+        order[row] = slot
+    y = ref.compose(native.grouped_product, *args, torch.tensor(ends, dtype=torch.int32), order)
+    assert y.shape == (6, 64)
+    if ends == (5, 5, 12, 12) and not change:
+        assert torch.equal(y, ref.experts(*args, torch.tensor(ends, dtype=torch.int32), order))
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda t: dict(offsets=t["offsets"].long()), "int32 ends"),
     (lambda t: dict(offsets=t["offsets"][:0]), "int32 ends"),

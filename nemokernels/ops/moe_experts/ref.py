@@ -120,6 +120,8 @@ def slots_of(offsets: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     slot = order.long()
     if rows and not (0 <= slot.min() and slot.max() < rows):
         raise ValueError(f"moe_experts: `route.order` has slots outside 0 to {rows - 1}")
+    if slot.unique().numel() != rows:
+        raise ValueError("moe_experts: `route.order` holds a slot twice, expected each once")
     return slot
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES, columns_at_once
-from nemokernels.ops.moe_experts.ref import segments, sum_of
+from nemokernels.ops.moe_experts.ref import segments, slots_of, sum_of
 from nemokernels.ops.nvfp4 import ref as nvfp4
 
 TILE = 128  # rows that share a tile of scales
@@ -99,8 +99,9 @@ def group_scales(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     tiles = (counts + TILE - 1) // TILE * TILE
     shift = tiles.cumsum(0) - tiles - (ends - counts)  # padding before each expert
     target = torch.arange(rows, device=scales.device) + shift[expert_of(rows, offsets)]
-    spread = scales.new_zeros(padded_rows(rows, offsets.shape[0]), scales.shape[1])
-    return nvfp4.swizzle(spread.index_copy(0, target, scales))
+    padded = padded_rows(rows, offsets.shape[0])
+    spread = scales.new_zeros(padded, scales.shape[1])
+    return nvfp4.swizzle(spread.index_copy(0, target.clamp(0, padded - 1), scales))
 
 
 def experts(
@@ -123,6 +124,7 @@ def experts(
     Rounded to x's dtype are hidden, before it is quantised, and the rows that leave the down
     projection.
     """
+    slots_of(offsets, order)  # raises where these are no route
     return compose(grouped_product, x, x_scale, up, up_scales, up_scale_2, hidden_scale, down,
                    down_scales, down_scale_2, weights, offsets, order)  # fmt: skip
 
@@ -133,9 +135,10 @@ def compose(
 ) -> torch.Tensor:  # fmt: skip
     """:func:`experts` with the grouped product and the quantiser that are given.
 
-    Rows that leave the down projection take at most ``slot_bytes`` at a time.
+    Rows that leave the down projection take at most ``slot_bytes`` at a time. A route that is none
+    gives wrong results, within bounds.
     """
-    slot = order.long()
+    slot = order.long().clamp(0, order.numel() - 1)
     codes, scales, scale_2 = quantize(x, LARGEST * x_scale.float().reshape(()), 1, None, 0, False)
     token = slot // weights.shape[1]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -147,7 +150,7 @@ def compose(
     codes, scales, scale_2 = quantize(hidden, amax[expert], 1, None, 0, False)
     alpha = down_scale_2.to(acc) * nvfp4.global_scale(amax).to(acc)
     scales, width = group_scales(scales, offsets), x.shape[1]
-    row_of = torch.empty_like(slot)  # the row of each slot
+    row_of = torch.zeros_like(slot)  # the row of each slot
     row_of[slot] = torch.arange(slot.numel(), device=slot.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     columns = columns_at_once(slot.numel(), width, x.element_size(), TILE, slot_bytes)
