@@ -10,6 +10,9 @@ from nemokernels import _triton
 from nemokernels._tl import offset64, squared_relu
 from nemokernels._triton import cdiv
 
+# ``elements`` stays specialised: a mask needs its divisor for vectors, which is that of the width,
+# whatever the rows.
+
 
 @triton.jit
 def relu2_forward_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
