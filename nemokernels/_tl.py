@@ -26,6 +26,12 @@ def row_offset(row, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
+def multiple_of(n, UNIT: tl.constexpr):
+    """n, which UNIT divides and which is not specialised: as in row_offset, the product tells."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
 def offset_in_row(i, j, strides):
     """Offset of element [i, j], which broadcast, of a row, from the strides of its first axes."""
     return offset64(i, strides[0]) + offset64(j, strides[1])

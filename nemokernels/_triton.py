@@ -133,6 +133,11 @@ def row_divisor(*tensors: torch.Tensor | None) -> int:
     return 1 if any(s % 16 for s in strides) else 16
 
 
+def divisor(n: int) -> int:
+    """16 if it divides a length that vectors need to know divisible, else 1; see row_divisor."""
+    return 1 if n % 16 else 16
+
+
 def axes(*tensors: torch.Tensor) -> tuple:
     """The strides of the tensors' rows, which are never specialised; then those of the other axes
     of each, as tuples, whose elements always are."""

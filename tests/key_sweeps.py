@@ -112,6 +112,22 @@ def cross_entropy(call, rows, tokens, slices, sums=False):
          targets, lse, *labels)  # fmt: skip
 
 
+def fp8(call, rows, tokens, slices, transpose=False):
+    x, _ = slices((rows, tokens), 48, 16)
+    one, format = zeros(1), torch.float8_e4m3fn
+    codes, *_ = call("quantize_fp8", x, one, one, format, False, True, transpose)
+    call("fp8_current_scale", x, format, False)
+    call("dequantize_fp8", codes.view(torch.uint8), one, format, torch.bfloat16)
+
+
+def fp8_norms(call, rows, tokens, slices, transpose=False):
+    x, z = slices((rows, tokens), 48, 48)
+    weight, one, format = zeros(48), zeros(1), torch.float8_e4m3fn
+    if x.numel():
+        call("rms_norm_fp8", x, z, weight, one, 1e-5, format, transpose)
+        call("gated_rms_norm_fp8", x, weight, None, z, one, 1e-5, 16, False, format, transpose)
+
+
 SWEEPS = (
     Sweep(relu2),
     Sweep(
@@ -140,6 +156,13 @@ SWEEPS = (
         ({}, dict(sums=True)),
         # Of the weights; of hidden, whole, or the first block of classes and the others.
         most={"cross_entropy_product_kernel": 4},
+    ),
+    # Transposed, the rows are divisible by 16 or not. The current scale only looks.
+    Sweep(fp8, ({}, dict(transpose=True)), most={"quantize_kernel": 3}),
+    Sweep(
+        fp8_norms,
+        ({}, dict(transpose=True)),
+        most={"rms_norm_fp8_kernel": 2, "gated_rms_norm_fp8_kernel": 2},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

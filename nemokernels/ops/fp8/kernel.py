@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, raise_amax, squared_relu, to_fp8
-from nemokernels._triton import cdiv, contiguous
+from nemokernels._tl import multiple_of, offset64, raise_amax, squared_relu, to_fp8
+from nemokernels._triton import cdiv, contiguous, divisor
 from nemokernels.ops.fp8 import ref
 
 FLOAT_MAX = tl.constexpr(ref.FLOAT_MAX)
@@ -31,7 +31,7 @@ def store_inverse(inverse_ptr, scale):
         tl.store(inverse_ptr, tl.where(valid, inverse, float("nan")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
     x_ptr,
     scale_ptr,
@@ -47,10 +47,13 @@ def quantize_kernel(
     SQUARED_RELU: tl.constexpr,
     ROWS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A tile of x (rows, width). Without ROWS and TRANSPOSE only the amax is wanted.
+    # A tile of x (rows, width). Without ROWS and TRANSPOSE only the amax is wanted. UNIT divides
+    # the rows, along which the transposed codes are stored in vectors.
+    rows = multiple_of(rows, UNIT)
     program = tl.program_id(0)
     across = tl.cdiv(width, BLOCK)
     row = program // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -81,6 +84,8 @@ def current_scale_kernel(amax_ptr, scale_ptr, LARGEST: tl.constexpr):
 
 @triton.jit
 def dequantize_kernel(q_ptr, scale_inv_ptr, y_ptr, elements, BLOCK: tl.constexpr):
+    # ``elements`` stays specialised: a mask needs its divisor for vectors, which is that of the
+    # width, whatever the rows.
     at = offset64(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
     q = tl.load(q_ptr + at, mask=at < elements).to(tl.float32)
     y = q * tl.load(scale_inv_ptr)
@@ -149,7 +154,8 @@ def _quantize(x, scale, amax, q, q_t, inverse, dtype, squared_relu, rows, transp
     quantize_kernel[grid](
         x, scale, amax, q, q_t, inverse, height, width, x.stride(0), x.stride(1),
         LARGEST=ref.largest(dtype), SQUARED_RELU=squared_relu, ROWS=rows, TRANSPOSE=transpose,
-        BLOCK_ROWS=config.rows, BLOCK=config.columns, num_warps=config.num_warps,
+        UNIT=divisor(height) if transpose else 1, BLOCK_ROWS=config.rows, BLOCK=config.columns,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

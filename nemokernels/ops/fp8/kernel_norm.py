@@ -2,7 +2,8 @@
 
 A program walks its rows twice in blocks of columns, for the statistics and for the result; the
 second reading comes from cache. So a program can hold the many rows that a transposed store needs
-to fill memory's sectors. y is rounded to its dtype before it is quantised.
+to fill memory's sectors. y is rounded to its dtype before it is quantised. UNIT divides the rows,
+along which the transposed codes are stored in vectors.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, raise_amax, to_fp8
-from nemokernels._triton import as_rows, cdiv, contiguous, row_stride
+from nemokernels._tl import multiple_of, offset64, raise_amax, to_fp8
+from nemokernels._triton import as_rows, cdiv, contiguous, divisor, row_stride
 from nemokernels.ops.fp8 import ref
 from nemokernels.ops.fp8.kernel import store_inverse
 from nemokernels.ops.gated_rms_norm.kernel import load_gated, scale_shift
@@ -38,7 +39,7 @@ def _emit(
     return tl.maximum(largest_seen, tl.where(y == y, tl.abs(y), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_fp8_kernel(
     x_ptr,
     residual_ptr,
@@ -59,9 +60,11 @@ def rms_norm_fp8_kernel(
     LARGEST: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    rows = multiple_of(rows, UNIT)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, BLOCK)
     x_row = offset64(row, stride_x_row)[:, None]
@@ -92,7 +95,7 @@ def rms_norm_fp8_kernel(
     raise_amax(amax_ptr, seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gated_rms_norm_fp8_kernel(
     x_ptr,
     weight_ptr,
@@ -116,9 +119,11 @@ def gated_rms_norm_fp8_kernel(
     HAS_Z: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    rows = multiple_of(rows, UNIT)
     group = tl.program_id(0) % groups
     row = tl.program_id(0) // groups * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, BLOCK)
@@ -160,8 +165,9 @@ def rms_norm(x, residual, weight, scale, eps, dtype, transpose, config):
     rms_norm_fp8_kernel[(cdiv(rows, config.rows),)](
         x, residual, weight.contiguous(), scale, y, total, rstd, *outputs, rows, width, eps,
         x.stride(0), row_stride(residual), LARGEST=ref.largest(dtype),
-        HAS_RESIDUAL=residual is not None, TRANSPOSE=transpose, BLOCK_ROWS=config.rows,
-        BLOCK=config.columns, num_warps=config.num_warps,
+        HAS_RESIDUAL=residual is not None, TRANSPOSE=transpose,
+        UNIT=divisor(rows) if transpose else 1, BLOCK_ROWS=config.rows, BLOCK=config.columns,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return y, total, rstd, *_bytes(outputs)
 
@@ -179,8 +185,9 @@ def gated_rms_norm(
         x, weight.contiguous(), contiguous(bias), z, scale, y, rstd,
         *outputs, rows, groups, group_size, eps, x.stride(0), row_stride(z),
         LARGEST=ref.largest(dtype), HAS_BIAS=bias is not None, HAS_Z=z is not None,
-        NORM_BEFORE_GATE=norm_before_gate, TRANSPOSE=transpose, BLOCK_ROWS=config.rows,
-        BLOCK=config.columns, num_warps=config.num_warps,
+        NORM_BEFORE_GATE=norm_before_gate, TRANSPOSE=transpose,
+        UNIT=divisor(rows) if transpose else 1, BLOCK_ROWS=config.rows, BLOCK=config.columns,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return y, rstd, *_bytes(outputs)
 
