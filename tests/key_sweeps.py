@@ -128,6 +128,21 @@ def fp8_norms(call, rows, tokens, slices, transpose=False):
         call("gated_rms_norm_fp8", x, weight, None, z, one, 1e-5, 16, False, format, transpose)
 
 
+def nvfp4(call, rows, tokens, slices, swizzled=False, stochastic=False):
+    x, _ = slices((rows * tokens,), 48, 16)
+    amax = None if stochastic else zeros(1)
+    seed = zeros(dtype=torch.int64) if stochastic else None
+    if swizzled:
+        call("quantize_nvfp4", x.unflatten(0, (rows, tokens)), amax, 1, seed, 0, True)
+    else:
+        codes = call("quantize_nvfp4", x, amax, 1, seed, 0, False)
+        call("dequantize_nvfp4", *codes, torch.bfloat16)
+    call("hadamard16", x)
+    call("hadamard16_backward", x)
+    if rows % 16 == 0:
+        call("quantize_nvfp4_pair", x, amax, amax, 1, True, seed, swizzled)
+
+
 SWEEPS = (
     Sweep(relu2),
     Sweep(
@@ -163,6 +178,12 @@ SWEEPS = (
         fp8_norms,
         ({}, dict(transpose=True)),
         most={"rms_norm_fp8_kernel": 2, "gated_rms_norm_fp8_kernel": 2},
+    ),
+    Sweep(
+        nvfp4,
+        ({}, dict(swizzled=True), dict(stochastic=True)),
+        # Along the rows and in both orientations; forward and backward.
+        most={"nvfp4_quantize_kernel": 2, "nvfp4_amax_kernel": 2, "hadamard16_kernel": 2},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import e4m3_value, offset64, raise_amax
+from nemokernels._tl import e4m3_value, multiple_of, offset64, raise_amax
 from nemokernels._triton import cdiv
 from nemokernels.ops.nvfp4.ref import SIGNS
 
@@ -90,7 +90,7 @@ def _load(x_ptr, row, column, rows, columns, stride):
     return tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def nvfp4_amax_kernel(
     x_ptr,
     amax_ptr,
@@ -138,10 +138,12 @@ def _quantize(
     COLUMNS: tl.constexpr,
 ):
     # One tile (ROWS, COLUMNS) in blocks along its columns; the tile begins at `first_column`.
+    # rows_per_amax and matrix_rows are None where all rows have one amax, or are one matrix.
     BLOCKS: tl.constexpr = COLUMNS // 16
     block = first_column // 16 + tl.arange(0, BLOCKS)
     inside = row < rows
-    amax = tl.load(amax_ptr + row // rows_per_amax, mask=inside, other=1.0)
+    group = row // rows_per_amax if rows_per_amax is not None else row * 0
+    amax = tl.load(amax_ptr + group, mask=inside, other=1.0)
     top = tl.full((ROWS,), 2688.0, tl.float32)
     one = tl.full((ROWS, BLOCKS), 1.0, tl.float32)
     x = x.reshape((ROWS, BLOCKS, 16))
@@ -183,8 +185,10 @@ def _quantize(
     tl.store(codes_ptr + at, (low | high << 4).to(tl.uint8), mask=mask)
     if SWIZZLED:
         tiles = tl.cdiv(columns // 16, 4)
-        matrix, r = row // matrix_rows, row % matrix_rows
-        band = offset64(matrix, tl.cdiv(matrix_rows, 128)) + r // 128
+        r, band = row, row // 128
+        if matrix_rows is not None:
+            r = row % matrix_rows
+            band = offset64(row // matrix_rows, tl.cdiv(matrix_rows, 128)) + r // 128
         in_tile = r % 32 * 16 + r % 128 // 32 * 4
         at = (offset64(band, tiles)[:, None] + (block // 4)[None, :]) * 512
         at += in_tile[:, None] + (block % 4)[None, :]
@@ -192,11 +196,11 @@ def _quantize(
         at = offset64(row, columns // 16)[:, None] + block[None, :]
     mask = inside[:, None] & (block < columns // 16)[None, :]
     tl.store(scales_ptr + at, scale.to(tl.uint8), mask=mask)
-    first = inside & (row % rows_per_amax == 0) & (first_column == 0)
-    tl.store(global_ptr + row // rows_per_amax, scale_2, mask=first)
+    first = row % rows_per_amax if rows_per_amax is not None else row
+    tl.store(global_ptr + group, scale_2, mask=inside & (first == 0) & (first_column == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "matrix_rows"])
 def nvfp4_quantize_kernel(
     x_ptr,
     rows,
@@ -224,6 +228,8 @@ def nvfp4_quantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    if TRANSPOSED:
+        rows = multiple_of(rows, 16)  # blocks of 16 lie along them
     tiles = tl.cdiv(columns, COLUMNS)
     first_row = tl.program_id(0) // tiles * ROWS
     first_column = tl.program_id(0) % tiles * COLUMNS
@@ -237,11 +243,11 @@ def nvfp4_quantize_kernel(
         if HADAMARD:
             x = _hadamard(x, x_ptr.dtype.element_ty, COLUMNS, ROWS)
         _quantize(x, column, first_row, columns, rows, amax_t_ptr, rows_per_amax_t, seed_ptr,
-                  stream + 1, codes_t_ptr, scales_t_ptr, global_t_ptr, columns, EXPORT, NOISE,
+                  stream + 1, codes_t_ptr, scales_t_ptr, global_t_ptr, None, EXPORT, NOISE,
                   SQUARE, SWIZZLED, COLUMNS, ROWS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "blocks_per_global"])
 def nvfp4_dequantize_kernel(
     codes_ptr,
     scales_ptr,
@@ -268,7 +274,7 @@ def nvfp4_dequantize_kernel(
     tl.store(out_ptr + at, out, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def hadamard16_kernel(x_ptr, out_ptr, groups, BACKWARD: tl.constexpr, GROUPS: tl.constexpr):
     group = offset64(tl.program_id(0), GROUPS) + tl.arange(0, GROUPS)
     at = (group * 16)[:, None] + tl.arange(0, 16)[None, :]
@@ -312,9 +318,11 @@ class _Target:
 
     def __init__(self, shape, amax, swizzled):
         *leading, columns = shape
-        self.matrix_rows = max(leading[-1] if leading else 1, 1)
-        rows = max(shape.numel() // max(columns, 1), 1)
-        self.amax, self.rows_per_amax = amax.contiguous(), rows // max(amax.numel(), 1)
+        self.matrix_rows = leading[-1] if swizzled and len(leading) > 1 else None
+        rows = shape.numel() // columns
+        self.amax, self.rows_per_amax = amax.contiguous(), None
+        if amax.numel() > 1:
+            self.rows_per_amax = rows // amax.numel()
         codes = amax.new_empty((*leading, columns // 2), dtype=torch.uint8)
         blocks = columns // 16
         if swizzled:
