@@ -1,4 +1,4 @@
-"""The README says what is there: its code runs, its tables are complete."""
+"""README and CONTRIBUTING say what is there: their code runs, the tables are complete."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+import nemokernels
 from nemokernels._registry import FAMILIES
 from nemokernels.models import (
     from_pretrained,
@@ -22,6 +23,7 @@ from nemokernels.models.families import CONFIGS, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -54,7 +56,7 @@ def test_megatron_example_runs(tmp_path, monkeypatch):
 
 
 def test_variant_of_the_example():
-    text = re.search(r"```json\n(.*?)```", README, re.S)[1]
+    text = re.search(r"```json\n(.*?)```", CONTRIBUTING, re.S)[1]
     entry, (same,) = json.loads(text), [v for v in list_variants() if v.name == "Minitron 8B"]
     assert entry["name"] == same.name and entry["hub_id"] == same.hub_id
     assert (entry["parameters"], entry["tensors"]) == (same.parameters, same.tensors)
@@ -83,3 +85,19 @@ def test_dependency_table_has_every_dependency():
     for requirement in {r for group in groups for r in group}:
         name = re.match(r"[A-Za-z0-9_-]+", requirement).group()
         assert name in README, f"{name} is missing from the dependency table"
+
+
+def test_a_stranger_finds_the_way():
+    """Short, and in this order; what it links to is there."""
+    headings = re.findall(r"^## (.*)$", README, re.M)
+    assert headings[:3] == ["Install", "Use an op", "Use a model"]
+    assert len(README.splitlines()) <= 200
+    for name in re.findall(r"\]\((\S+?)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_names_in_the_tables_are_exported():
+    """Of the ops: what is written as code in the second column."""
+    rows = re.findall(r"^\| `\w+`.*?\| (.*?) \| .*\|$", README.split("## Use a model")[0], re.M)
+    names = {name for row in rows for name in re.findall(r"`([A-Za-z]\w*)`", row)}
+    assert len(names) > 30 and not {n for n in names if n not in nemokernels.__all__}
