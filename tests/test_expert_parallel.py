@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemokernels import moe_experts, testing
-from nemokernels.models import exact
+from nemokernels.models import exact, expert_parallel
 from nemokernels.models.mixers import Experts
 
 
@@ -72,6 +72,14 @@ def test_cast_points(results, world):
             got = gathered(results, "integers", range(first, first + world), what)
             assert torch.equal(got, want), what
     assert not torch.equal(low["y"], once["y"]) and not torch.equal(low["dx"], once["dx"])
+
+
+def test_sums_are_added_up_in_the_order_of_the_ranks():
+    """1e8 - 1e8 + 1 in float32 is 1, 1 + 1e8 - 1e8 is 0; a token need not have a row everywhere."""
+    rows = torch.tensor([1e8, 1.0, -1e8, 1e8, 3.0, -1e8, 1.0])[:, None]
+    tokens = torch.tensor([0, 1, 0, 1, 3, 1, 0])
+    total = expert_parallel._token_sum(rows, tokens, 4, [2, 3, 2])
+    assert total.tolist() == [[1.0], [0.0], [0.0], [3.0]]
 
 
 @pytest.mark.parametrize("world", [2, 4])

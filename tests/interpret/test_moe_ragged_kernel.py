@@ -42,6 +42,18 @@ def test_empty(size):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_over_slots_are_rounded_once(weighted):
+    """Weights and sums are in float32: the reference's bits, whatever the route."""
+    slots, weights, out = torch.randn(12, 40).to(F16), torch.rand(12), torch.empty(4, 40, dtype=F16)
+    starts = torch.tensor([0, 4, 4, 5, 12], dtype=torch.int32)
+    kernel.slot_sum(slots, weights, out, weighted, starts)
+    assert torch.equal(out, ref.ragged_sum(slots, weights if weighted else None, starts))
+    each = weights.view(4, 3)
+    kernel.slot_sum(slots, each, out, weighted)
+    assert torch.equal(out, ref.slot_sum(slots.view(4, 3, 40), each if weighted else None))
+
+
 @pytest.mark.parametrize("tile", TILES)
 def test_as_many_slots_each_have_the_bits_of_a_route(tile):
     args, dy = make(9, 5, 2, 40, 24)
