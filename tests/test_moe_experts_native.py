@@ -43,7 +43,7 @@ class Problem:
         if chosen is not None:
             logits[:, chosen] += 100
         route = moe_route(logits, top_k=2)
-        self.order, self.offsets = route.order, route.offsets
+        self.order, self.offsets, self.tokens = route.order, route.offsets, None
         rows = slots if part.startswith("slots") else tokens
         self.a = (torch.randn(rows, depth) / depth**0.5).to(dtype)
         self.weights = torch.randn(5, columns, depth).to(dtype)
@@ -64,6 +64,7 @@ class Problem:
         native.product(
             self.a.to(device), self.weights.to(device), *(t.to(device) for t in given), self.top_k,
             self.part.split()[0], tile, out, first, *gradient,
+            tokens=None if self.tokens is None else self.tokens.to(device),
         )  # fmt: skip
         return [out.cpu(), *(t.cpu() for t in gradient[2:])]
 
@@ -74,7 +75,8 @@ class Problem:
         dweights = torch.empty(self.order.shape[0], dtype=dtype)
         for e, r in ref.segments(self.offsets):
             slot = self.order[r].long()
-            a = self.a[r] if self.part.startswith("slots") else self.a[slot // self.top_k]
+            token = slot // self.top_k if self.tokens is None else self.tokens[slot]
+            a = self.a[r] if self.part.startswith("slots") else self.a[token]
             product = a.to(dtype) @ self.weights[e].to(dtype).T
             if self.part == "up":
                 out[r] = product.relu().square()
@@ -99,6 +101,17 @@ def compare(problem, device, tile):
 @pytest.mark.parametrize("part, tile", TILES)
 def test_products(device, part, tile, dtype):
     compare(Problem(part, 40, tile + 16, 200, dtype), device, tile)
+
+
+@pytest.mark.parametrize("part, tile", SOME)
+def test_any_number_of_slots_per_token(device, part, tile):
+    """Tokens of the slots from a table: of a route of two each the same bits, and of any other."""
+    problem = Problem(part, 70, 40, 72)
+    want, slots = problem.run(device, tile), problem.order.shape[0]
+    problem.tokens, problem.top_k = torch.arange(slots, dtype=torch.int32) // 2, 1
+    assert all(torch.equal(a, b) for a, b in zip(problem.run(device, tile), want))
+    problem.tokens = torch.randint(70, (slots,)).sort().values.int()
+    compare(problem, device, tile)
 
 
 @pytest.mark.parametrize("part, tile", SOME)
@@ -207,6 +220,8 @@ def test_a_route_that_is_none_stays_in_bounds(device, part, tile):
     (lambda p: setattr(p, "weights", p.weights.mT.contiguous().mT), "along their depth to go up"),
     (lambda p: setattr(p, "order", p.order.long()), "int32"),
     (lambda p: setattr(p, "offsets", p.offsets[:4]), "weights of as many experts"),
+    (lambda p: setattr(p, "tokens", p.order[1:]), "a token of every slot"),
+    (lambda p: setattr(p, "tokens", p.order.long()), "int32"),
 ])  # fmt: skip
 def test_refused(device, change, message):
     problem = Problem("up", 4, 16, 24)

@@ -1,5 +1,5 @@
 // Products of the rows of each expert with its weights: parameters and the function that launches
-// them. Rows are sorted by expert; there are T * k of them, one per slot.
+// them. Rows are sorted by expert; there is one per slot, T * k or as many as a ragged route has.
 #pragma once
 
 #include "nemo/tensor_map.h"
@@ -24,6 +24,7 @@ struct Product {
   // and first row.
   const int32_t *order, *offsets, *tile_expert, *tile_row;
   int64_t experts, tiles, top_k;
+  const int32_t* tokens;  // of each slot, in a ragged route; else null: slot / top_k
 
   // Of kDHidden: the weight of each slot; what went up, (rows, columns); the sums of its products
   // with the gradient over the columns of a tile, (tiles across, rows), each where its slot is.

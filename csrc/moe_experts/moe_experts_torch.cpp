@@ -47,9 +47,10 @@ void gradient(const Optional& weights, const Optional& hidden, const Optional& p
   p.partial = static_cast<float*>(partial->data_ptr());
 }
 
-void product(Tensor a, Tensor weights, Tensor order, Tensor offsets, Tensor tile_expert,
-             Tensor tile_row, Optional slot_weights, Optional hidden, Optional partial,
-             int64_t top_k, int64_t part, int64_t tile_columns, int64_t first, Tensor out) {
+void product(Tensor a, Tensor weights, Tensor order, Tensor offsets, Optional tokens,
+             Tensor tile_expert, Tensor tile_row, Optional slot_weights, Optional hidden,
+             Optional partial, int64_t top_k, int64_t part, int64_t tile_columns, int64_t first,
+             Tensor out) {
   const OnDevice device(a);
   STD_TORCH_CHECK(a.dim() == 2 && weights.dim() == 3 && out.dim() == 2, "expected rows, weights");
   STD_TORCH_CHECK(a.scalar_type() == weights.scalar_type() && a.scalar_type() == out.scalar_type(),
@@ -75,7 +76,10 @@ void product(Tensor a, Tensor weights, Tensor order, Tensor offsets, Tensor tile
                   "expected the route of every row and weights of as many experts");
   STD_TORCH_CHECK(first >= 0 && first + p.columns <= width, "expected columns of the weights");
   const auto kind = static_cast<Part>(part);
-  STD_TORCH_CHECK(a.size(0) * (kind == Part::kSlots ? 1 : top_k) == p.rows,
+  p.tokens = int32_data(tokens);
+  STD_TORCH_CHECK(!tokens || tokens->numel() == p.rows, "expected a token of every slot");
+  STD_TORCH_CHECK((tokens && kind != Part::kSlots) ||
+                      a.size(0) * (kind == Part::kSlots ? 1 : top_k) == p.rows,
                   "expected a row per token, or per slot where they go there");
   // Along the depth or, transposed, across it.
   const bool across = weights.stride(2) != 1;

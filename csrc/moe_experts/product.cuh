@@ -78,6 +78,12 @@ struct ProductKernel {
     return slot < p.rows ? slot : -1;
   }
 
+  static NEMO_DEVICE int64_t token_of(const Params& p, int64_t slot) {
+    if (slot < 0) return 0;
+    // In 32 bits, which suffice: a division in 64 would be a call.
+    return p.tokens == nullptr ? uint32_t(slot) / uint32_t(p.top_k) : p.tokens[slot];
+  }
+
   // Which stage is next, and the parity of its barriers' phase.
   struct Turn {
     int stage = 0, parity = 0;
@@ -101,7 +107,7 @@ struct ProductKernel {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
             const int64_t slot = slot_of(p, at, at.first + t / kPieces + kApart * i);
-            const auto* row = static_cast<const T*>(p.a) + offset(slot / p.top_k, p.a_row);
+            const auto* row = static_cast<const T*>(p.a) + offset(token_of(p, slot), p.a_row);
             rows[i][t] = slot < 0 ? nullptr : reinterpret_cast<const uint8_t*>(row);
           }
         });

@@ -73,6 +73,15 @@ def test_passes_over_columns_have_the_same_bits():
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*results, strict=True))
 
 
+def test_products_of_csrc(host_library):
+    """Tables, sums over slots and weight gradients in Triton, the products over rows in csrc."""
+    args, dy = ragged([2, 0, 3, 1, 4] * 4, 4, 24, 40, F16)
+    slots = args[5].shape[0]
+    plans = [op.plan(slots, 4, F16, way, "", ("csrc",), (9, 0)) for way in (False, True)]
+    assert [p.backend for p in plans] == ["csrc"] * 2
+    compare(args, dy, plans)
+
+
 def test_strides():
     (x, up, down, *route), dy = ragged([2, 0, 3, 1, 4] * 4, 4, 24, 16)
     compare((x, up, down, *(torch.stack([t, t], -1)[..., 0] for t in route)), dy, small("wide", 0))

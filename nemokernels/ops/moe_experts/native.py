@@ -12,7 +12,7 @@ ROWS = 128  # of a tile
 ALONG, ACROSS, GRADIENT = (256, 232, 224, 192), (256, 192), (192,)  # columns of a tile
 
 _product = _ext.define(
-    "moe_experts_product(Tensor a, Tensor weights, Tensor order, Tensor offsets, "
+    "moe_experts_product(Tensor a, Tensor weights, Tensor order, Tensor offsets, Tensor? tokens, "
     "Tensor tile_expert, Tensor tile_row, Tensor? slot_weights, Tensor? hidden, "
     "Tensor(b!)? partial, int top_k, int part, int tile_columns, int first, Tensor(a!) out) -> ()"
 )
@@ -40,6 +40,7 @@ def product(
     expert: torch.Tensor, row: torch.Tensor, top_k: int, part: str, columns: int,
     out: torch.Tensor, first: int = 0, slot_weights: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None, partial: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """out = part(a_r @ w_e^T) for bfloat16 or float16 rows aligned to 16 bytes.
 
@@ -47,8 +48,9 @@ def product(
     8. ``part``: "up" takes the row of a of a row's token and squares what is positive; "slots" puts
     a row where its slot is; "dhidden", as "up", is 2 sqrt(hidden) times slot weight times product,
     and the sums of hidden times product go to ``partial``. ``expert`` and ``row`` are the table of
-    tiles of 128 rows; ``columns`` is a tile's other side.
+    tiles of 128 rows; ``columns`` is a tile's other side. ``tokens`` are those of the slots, in
+    range, where they are not slot / top_k.
     """
-    _product(aligned(a), weights, order, offsets, expert, row, slot_weights, hidden, partial, top_k,
-             PARTS.index(part), columns, first, out)  # fmt: skip
+    _product(aligned(a), weights, order, offsets, tokens, expert, row, slot_weights, hidden,
+             partial, top_k, PARTS.index(part), columns, first, out)  # fmt: skip
     return out

@@ -145,8 +145,6 @@ def _plan(x, up, down, weights, offsets, order, starts, backward=False) -> Confi
     problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
     backends = _backends.usable(FAMILY.name, x.device)
     refusal = native.refusal(up, down)
-    if starts is not None:
-        refusal = "csrc takes as many slots of every token"
     config = plan(
         *problem, _triton.unsupported(x, weights), backends,
         torch.cuda.get_device_capability(x.device), refusal,
