@@ -40,6 +40,19 @@ def test_every_bit_of_nearest(dtype, block_rows, amax):
     same(kernel.quantize(x, given, block_rows, None, 0, False, SMALL), want)
 
 
+def test_block_scales_at_ties():
+    """Where the order of operations decides: the product of S and 1/6 is formed first."""
+    e4m3 = lambda x: x.to(torch.float8_e4m3fn).float()  # noqa: E731
+    amax, tie = torch.rand(512) + 1, 17 + 2 * (torch.arange(512) % 8)  # sixteenths
+    encode = 2688 / amax
+    factor = encode * (1 / 6)
+    peak = tie / 16 / factor
+    other = e4m3(peak * (encode / 6)) != e4m3(peak * factor)
+    assert other.sum() > 5
+    x = peak[:, None].repeat(1, 16)
+    same(kernel.quantize(x, amax, 1, None, 0, False, SMALL), ref.quantize(x, amax, 1, None))
+
+
 @pytest.mark.parametrize("dtype", [F32])
 @pytest.mark.parametrize("config", [SMALL, op.Config("triton", 32, 16, 1)])
 @pytest.mark.parametrize("stream", [0, 1])
