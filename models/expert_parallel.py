@@ -32,10 +32,11 @@ def moe_experts_over(
     All ranks of the group must call it together, forward and backward, each with any number of
     tokens. A rank adds up a token's slots that live there, in their order, as without a group, and
     rounds the sum to x's dtype; the token adds up these sums in the order of the ranks, in float32
-    (float64 for float64), with one cast at the end. So y differs from that of one process by at
-    most half an ulp of each rank's sum, beside the last rounding, and so does the gradient of x;
-    the other gradients have the same cast points. An expert computes the rows of rank 0 first, then
-    of rank 1 and so on, each rank's in the order of its slots. So equal inputs give equal bits.
+    (float64 for float64), with one cast at the end. So y differs from that of one process by half
+    an ulp of each rank's sum at most, beside the order of the wide sum and the last rounding; so
+    does the gradient of x, and the others have the same cast points. An expert computes the rows of
+    rank 0 first, then of rank 1 and so on, each rank's in the order of its slots. So equal inputs
+    give equal bits.
 
     Forward there are five exchanges: how much goes where, the tokens, the weights and the local
     experts of their slots, and what the experts return; backward three. The host waits for the

@@ -79,7 +79,7 @@ class Settings:
     recompute: bool = False
     """Save memory: keep only the inputs of every layer and run it again in the backward."""
     expert_parallel: int = 1
-    """How many ranks divide the experts among them; rows travel to their experts."""
+    """How many ranks divide the experts among them; a token travels once to each that holds one."""
 
     def check(self) -> None:
         """Raise ValueError for sizes below 1, a schedule longer than the run, or reversed rates."""
