@@ -143,6 +143,42 @@ def nvfp4(call, rows, tokens, slices, swizzled=False, stochastic=False):
         call("quantize_nvfp4_pair", x, amax, amax, 1, True, seed, swizzled)
 
 
+def mamba_step(call, rows, tokens, slices, gate=True):
+    """Up to three tokens per sequence, of as many sequences as there are tokens."""
+    rows = min(rows, 3)
+    xBC, z, _ = slices((tokens, rows), 1280, 1024, 16)
+    conv, state = zeros(1, 1280, 3 + rows), zeros(1, rows, 16, 64, 128)
+    call("mamba_step", xBC, z[..., :16], z if gate else None, conv, state, zeros(1280, 4), None,
+         *[zeros(16)] * 3, ints(tokens), None, 1, 0.0, 1.0, None, 5)  # fmt: skip
+
+
+def state_update(call, rows, tokens, slices, packed=False):
+    """One token, or up to ``rows``, of as many sequences as there are tokens."""
+    width = rows if packed else 1
+    x, B, C = slices((tokens * width,), 1024, 128, 128)
+    x, B, C = x.unflatten(1, (16, 64)), B[:, None], C[:, None]
+    head = zeros(16, 1).expand(16, 64)
+    places = [ints(tokens, rows) if packed else ints(tokens), None]
+    places += [ints(tokens), ints(tokens + 1)] if packed else [None, None]
+    call("selective_state_update", zeros(1, 16, 64, 128), x, x[..., :1], zeros(16, 1, 1), B, C,
+         head, x, head, True, *places, None, 5)  # fmt: skip
+
+
+def _matrix(*sizes, columns=128):
+    *count, rows = sizes
+    byte = dict(dtype=torch.uint8)
+    tiles = (*count, rows // 16, columns // 64, 16)
+    return zeros(*tiles, 32, **byte), zeros(*tiles, 4, **byte), zeros(*count)
+
+
+def w4a16(call, rows, tokens, slices):
+    x, _ = slices((rows * tokens,), 128, 16)
+    call("nvfp4_linear", x, *_matrix(128), 128)
+    call("nvfp4_linear_backward", x, *_matrix(128), 128)
+    route = zeros(rows * tokens, 4), ints(16), ints(4 * rows * tokens)
+    call("nvfp4_experts", x, *_matrix(16, 128), *_matrix(16, 128), 128, *route)
+
+
 SWEEPS = (
     Sweep(relu2),
     Sweep(
@@ -184,6 +220,14 @@ SWEEPS = (
         ({}, dict(swizzled=True), dict(stochastic=True)),
         # Along the rows and in both orientations; forward and backward.
         most={"nvfp4_quantize_kernel": 2, "nvfp4_amax_kernel": 2, "hadamard16_kernel": 2},
+    ),
+    # For one token and for several; few sequences have P cut into two or four times the parts.
+    Sweep(mamba_step, ({}, dict(gate=False)), most={"mamba_step_kernel": 6}),
+    Sweep(state_update, ({}, dict(packed=True)), most={"state_update_kernel": 3}),
+    # Tiles for few, some and many rows; up, down and a linear layer.
+    Sweep(
+        w4a16,
+        most={"w4a16_kernel": 9, "w4a16_backward_kernel": 3, "moe_experts_tiles_kernel": 3},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from nemokernels import _triton
-from nemokernels._tl import offset64, sigmoid, softplus
-from nemokernels._triton import cdiv, contiguous
+from nemokernels._tl import offset64, row_offset, sigmoid, softplus
+from nemokernels._triton import cdiv, contiguous, row_divisor
 from nemokernels.ops.state_update.kernel import rounding_counters, store_state
 
 
@@ -66,7 +66,8 @@ def _keep(
     tl.store(ring_ptr + ring_at, value, mask=inside)
 
 
-@triton.jit
+# T stays specialised: one token needs no loop, which takes three times the registers.
+@triton.jit(do_not_specialize=["stride_x_b", "stride_dt_b", "stride_z_b"])
 def mamba_step_kernel(
     xBC_ptr,
     dt_ptr,
@@ -111,6 +112,7 @@ def mamba_step_kernel(
     stride_weight_c,
     stride_weight_w,
     W: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -159,7 +161,7 @@ def mamba_step_kernel(
     x_channel = head * P + p
     B_channel = H * P + group * N + n
     C_channel = B_channel + G * N
-    xBC_ptr += offset64(row, stride_x_b)
+    xBC_ptr += row_offset(row, stride_x_b, ROWS)
     conv_ptr += offset64(slot, stride_conv_slot)
 
     for t in range(0, T):
@@ -185,7 +187,7 @@ def mamba_step_kernel(
         if HAS_D:
             out += D * x
         if HAS_Z:
-            z_at = offset64(row, stride_z_b) + offset64(t, stride_z_t)
+            z_at = row_offset(row, stride_z_b, ROWS) + offset64(t, stride_z_t)
             z_at += offset64(x_channel, stride_z_c)
             z = tl.load(z_ptr + z_at, mask=inside_p, other=0.0).to(tl.float32)
             out *= z * sigmoid(z)
@@ -232,10 +234,11 @@ def step(
             slots, seed, y, dt_min, dt_max, tokens, H, P, N, conv_state.shape[2], M, groups,
             *xBC.stride(), *dt.stride(), *((0, 0, 0) if z is None else z.stride()),
             *conv_state.stride(), *ssm_state.stride(), *conv_weight.stride(),
-            W=conv_weight.shape[1], HAS_BIAS=conv_bias is not None, HAS_D=D is not None,
-            HAS_Z=z is not None, HAS_DT_BIAS=dt_bias is not None, HAS_SLOTS=slots is not None,
-            STOCHASTIC=seed is not None and ssm_state.dtype.itemsize == 2, ROUNDS=rounds,
-            BLOCK_P=config.block_p, BLOCK_N=config.block_n, num_warps=config.num_warps,
+            W=conv_weight.shape[1], ROWS=row_divisor(xBC, z), HAS_BIAS=conv_bias is not None,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_DT_BIAS=dt_bias is not None,
+            HAS_SLOTS=slots is not None, ROUNDS=rounds, BLOCK_P=config.block_p,
+            STOCHASTIC=seed is not None and ssm_state.dtype.itemsize == 2,
+            BLOCK_N=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip
     return y
 

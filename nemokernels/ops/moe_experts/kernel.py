@@ -26,7 +26,7 @@ from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 TABLE_BLOCK = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots"])
 def moe_experts_tiles_kernel(
     offsets_ptr,
     expert_ptr,

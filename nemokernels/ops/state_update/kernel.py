@@ -60,7 +60,7 @@ def store_state(
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask & (slot >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_width", "target_width"])
 def state_update_kernel(
     state_ptr,
     x_ptr,

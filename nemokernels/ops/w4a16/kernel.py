@@ -63,7 +63,7 @@ def _weights(
     return _widened(codes & 15, dtype) * scale, _widened(codes >> 4, dtype) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def w4a16_kernel(
     x_ptr,
     codes_ptr,
@@ -133,7 +133,7 @@ def w4a16_kernel(
     tl.store(out_ptr + at, tl.trans(acc).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def w4a16_backward_kernel(
     dy_ptr,
     codes_ptr,
