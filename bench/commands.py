@@ -21,7 +21,7 @@ from nemokernels.bench.run import NoDevice, open_clock, run
 def bench(
     ops: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     quick: bool = False,
-    peers: bool = True,
+    no_peers: bool = False,
     minutes: float | None = None,
     out: Path | None = None,
     compare: tuple[Path, Path] | None = None,
@@ -34,7 +34,7 @@ def bench(
     Args:
         ops: names of ops, as in bench_<op>.py; all without any.
         quick: only the rows that goals are set for.
-        peers: time the peer libraries that are installed, beside torch.
+        no_peers: leave out the peer libraries that are installed; torch stays.
         minutes: start no row after so many.
         out: folder for the results; bench/results without it.
         compare: measure nothing; hold the second result file against the first.
@@ -58,7 +58,7 @@ def bench(
         for path in tuning.write(tuning.tune(chosen, clock, say=say), card, out):
             say(f"written to {path}")
         return 0
-    document = run(chosen, clock, with_peers=peers, minutes=minutes, say=say,
+    document = run(chosen, clock, with_peers=not no_peers, minutes=minutes, say=say,
                    save=lambda document: report.save(document, out))  # fmt: skip
     path = report.save(document, out)
     report.show(document, console)

@@ -72,7 +72,7 @@ def main(paths: list[str]) -> int:
         old, new = map(load, paths)
         worse = compare(old, new)
     except Incomparable as error:
-        print(error, file=sys.stderr)
+        print(f"nemokernels bench: {error}", file=sys.stderr)
         return 2
     for sentence in worse:
         print(sentence)

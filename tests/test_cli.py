@@ -52,11 +52,18 @@ def test_version_is_printed(capsys):
 
 
 def test_help_reads_without_a_model(capsys):
-    for command in ((), ("train",), ("generate",), ("demo",)):
+    for command, words in (
+        ((), "--version"),
+        (("train",), "AdamW"),
+        (("generate",), "--speculate"),
+        (("demo",), "--steps"),
+        (("bench",), "leave out the peer libraries"),
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
         assert stop.value.code == 0
-    assert "--speculate" not in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert words in " ".join(out.split()) and not err and "``" not in out
 
 
 def test_train_then_generate(capsys, folder, tmp_path):
@@ -101,6 +108,8 @@ def test_train_then_generate(capsys, folder, tmp_path):
         (["train", "--model", "{f}/model", "--data", "{f}/text.txt", "--out", "{t}/o", "--steps",
           "1", "--tokenizer", "{f}/text.txt"], "not a tokenizer.json"),
         (["demo", "--data", "/absent", "--out", "{t}/o"], "/absent: no such file or folder"),
+        (["demo", "--steps", "0", "--out", "{t}/o"], "steps must be at least 1, got 0"),
+        (["bench", "--compare", "/absent", "/absent"], "/absent: not a bench result"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, folder, tmp_path, args, message):
@@ -108,7 +117,11 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, folder, tmp_path, args, m
     args = [a.format(f=folder, t=tmp_path) for a in args]
     code, _, err = run(capsys, *args)
     assert code == 2
-    assert err.startswith("nemokernels: ") and err.count("\n") == 1 and message in err
+    assert (
+        err.startswith(("nemokernels: ", "nemokernels bench: "))
+        and err.count("\n") == 1
+        and message in err
+    )
     assert not (tmp_path / "o").exists()
 
 

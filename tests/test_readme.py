@@ -36,8 +36,9 @@ def test_op_example_runs_and_is_short():
 
 def test_model_example_runs(tmp_path):
     save_pretrained(tiny.model(dtype=torch.float32), tmp_path / "model")
+    tiny.tokenizer().save(str(tmp_path / "model/tokenizer.json"))
     code = BLOCKS[1].replace("folder/with/safetensors", str(tmp_path / "model"))
-    scope = {"prompt_ids": [5, 6, 7]}
+    scope = {}
     exec(code.replace('"cuda"', '"cpu"').replace("256", "4"), scope)
     assert len(scope["result"].tokens[0]) == 4
 

@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="nemokernels",
-            description="Fused GPU primitives for NVIDIA's Nemotron models.",
+            description="Fused GPU primitives for NVIDIA's Nemotron models. "
+            "--version prints the version.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )

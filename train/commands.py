@@ -134,7 +134,7 @@ def train(
         settings: what the run computes.
         tokenizer: a tokenizer.json; by default the one beside the model.
         save_every: steps between checkpoints.
-        fresh: start over instead of continuing from the newest checkpoint in ``out``.
+        fresh: start over instead of continuing from the newest checkpoint in --out.
     """
     settings.check()
     if save_every < 1:

@@ -86,6 +86,10 @@ def demo(
         steps: optimizer steps.
         fresh: start over.
     """
+    settings = dataclasses.replace(
+        SETTINGS, steps=steps, warmup=min(SETTINGS.warmup, steps // 4), decay=steps // 3
+    )
+    settings.check()
     console = Console()
     # No operation of so small a model is worth sharing: two threads would mostly wait for each
     # other and, on a busy machine, for the scheduler.
@@ -93,9 +97,6 @@ def demo(
     files = data.text_files(data_paths) if data_paths else data.standard_library()
     texts = data.read_texts(files)
     console.print(f"tokenising {len(texts)} files, {sum(map(len, texts)):,} characters")
-    settings = dataclasses.replace(
-        SETTINGS, steps=steps, warmup=min(SETTINGS.warmup, steps // 4), decay=steps // 3
-    )
     tokenizer = _tokenizer(out, texts, fresh=fresh)
     corpus = data.Corpus.from_texts(tokenizer, texts)
     torch.manual_seed(0)

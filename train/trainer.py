@@ -59,6 +59,7 @@ class Settings:
     decay: int = 0
     """Last steps, with minus-sqrt decay."""
     weight_decay: float = 0.1
+    """AdamW's, of matrices and convolution taps."""
     clip: float = 1.0
     """Largest global gradient norm."""
     mtp_depths: int = 2
