@@ -65,5 +65,13 @@ def native_device(request):
 
 
 @pytest.fixture
+def hopper_device(native_device):
+    """The same, of kernels that are written for sm_90 alone."""
+    if native_device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90, for which these kernels are written")
+    return native_device
+
+
+@pytest.fixture
 def generator():
     return torch.Generator().manual_seed(1234)

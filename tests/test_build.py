@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine_code import functions_of, needs_nvcc, output
+from machine_code import compiled, functions_of, needs_nvcc, output
 
 from nemokernels import _build, _ext
 
@@ -75,27 +75,24 @@ def test_w4a16_multiplies_on_tensor_cores(build_cache, dtype):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_moe_experts_multiply_by_warpgroups(build_cache, dtype):
+@pytest.mark.parametrize("dtype, kernels, product", [
+    ("bf16", 11, r"HGMMA\.64x{}x16\.F32\.BF16 "), ("fp16", 11, r"HGMMA\.64x{}x16\.F32 "),
+    ("e4m3", 4, r"QGMMA\.64x{}x32\.F32\.E4M3\.E4M3 "),
+])  # fmt: skip
+def test_moe_experts_multiply_by_warpgroups(build_cache, dtype, kernels, product):
     """Registers change hands, weights come in boxes and tokens in 16-byte pieces; the compiler has
     not made products wait for each other, which it would report as C75xx."""
     name = f"moe_experts_{dtype}.cu"
     functions = functions_of(name)
-    assert len(functions) == 11
+    assert len(functions) == kernels
     for code in functions:
-        columns = re.search(r"Li(192|224|232|256)ELNS", code).group(1)
-        kind = r"\.F32\.BF16" if dtype == "bf16" else r"\.F32 "
-        assert len(re.findall(rf"HGMMA\.64x{columns}x16{kind}", code)) == 4  # of a stage
+        columns, part = re.search(r"Li(\d+)ELNS\w+PartE(\d)E", code).groups()
+        assert len(re.findall(product.format(columns), code)) == 4  # of a stage
         for word in ("USETMAXREG", "UTMALDG.3D", "STG.E.128"):
             assert word in code, word
         gathers = "LDGSTS.E.BYPASS" in code and "FENCE.VIEW.ASYNC" in code
-        assert gathers == ("PartE1E" not in code)  # all but kSlots
-    assert not re.search(
-        r"C75\d\d",
-        _build.compile_unit(
-            next(u for u in _build._files(".cu") if u.name == name), ["90a"], _build.find_nvcc()
-        )[1],
-    )
+        assert gathers == (part != "1")  # all but kSlots
+    assert not re.search(r"C75\d\d", compiled(name)[1])
 
 
 @needs_nvcc

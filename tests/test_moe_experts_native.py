@@ -5,6 +5,7 @@ Every test runs twice: the kernels as warpgroups on the CPU, and, with a GPU, as
 
 import pytest
 import torch
+from expert_tiles import tiles_of
 
 from nemokernels import moe_route, testing
 from nemokernels.ops.moe_experts import native, ref
@@ -16,21 +17,8 @@ SOME = [("up", 224), ("slots", 192), ("slots across", 256), ("dhidden", 192)]
 
 
 @pytest.fixture
-def device(native_device):
-    if native_device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs sm_90, for which these products are written")
-    return native_device
-
-
-def tiles_of(offsets):
-    """Expert and first row of each tile of 128 rows, and one entry too many."""
-    expert, row, start = [], [], 0
-    for e, end in enumerate(offsets.tolist()):
-        for first in range(start, end, native.ROWS):
-            expert.append(e)
-            row.append(first)
-        start = end
-    return [torch.tensor(t, dtype=torch.int32) for t in (expert + [-1], row + [start])]
+def device(hopper_device):
+    return hopper_device
 
 
 class Problem:
@@ -60,11 +48,11 @@ class Problem:
         if self.part == "dhidden":
             partial = torch.full((-(-width // tile), slots), **nan)
             gradient = self.slot_weights.to(device), self.hidden.to(device), partial
-        given = self.order, self.offsets, *tiles_of(self.offsets)
+        given = self.order, self.offsets, *tiles_of(self.offsets, native.ROWS)
         native.product(
             self.a.to(device), self.weights.to(device), *(t.to(device) for t in given), self.top_k,
-            self.part.split()[0], tile, out, first, *gradient,
-            tokens=None if self.tokens is None else self.tokens.to(device),
+            self.part.split()[0], tile, out, first,
+            None if self.tokens is None else self.tokens.to(device), *([gradient] * bool(gradient)),
         )  # fmt: skip
         return [out.cpu(), *(t.cpu() for t in gradient[2:])]
 
@@ -205,7 +193,7 @@ def test_a_route_that_is_none_stays_in_bounds(device, part, tile):
     tiles = torch.tensor([0, 1, 7, -3, 2**31 - 1, 4]), torch.tensor([0, 3, 0, 0, 0, -128])
     tables = [t.int() for t in tiles]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "tiles_of", lambda offsets: tables)
+        patch.setitem(globals(), "tiles_of", lambda *_: tables)
         got = problem.run(device, tile)[0]
     assert got[[1, 2]].isnan().all() and got[[0, 3]].isfinite().all()
 
@@ -214,9 +202,9 @@ def test_a_route_that_is_none_stays_in_bounds(device, part, tile):
     (lambda p: setattr(p, "a", p.a.float()), "operands of one dtype"),
     (lambda p: setattr(p, "a", p.a[:, :8]), "weights of as many experts"),
     (lambda p: setattr(p, "a", p.a[:3]), "a row per token"),
-    (lambda p: setattr(p, "weights", p.weights[:, :12].contiguous()), "multiples of 8"),
+    (lambda p: setattr(p, "weights", p.weights[:, :12].contiguous()), "multiples of 16 bytes"),
     (lambda p: setattr(p, "weights", p.weights[..., :20].contiguous())
-     or setattr(p, "a", p.a[:, :20].contiguous()), "multiples of 8"),
+     or setattr(p, "a", p.a[:, :20].contiguous()), "multiples of 16 bytes"),
     (lambda p: setattr(p, "weights", p.weights.mT.contiguous().mT), "along their depth to go up"),
     (lambda p: setattr(p, "order", p.order.long()), "int32"),
     (lambda p: setattr(p, "offsets", p.offsets[:4]), "weights of as many experts"),
@@ -239,7 +227,9 @@ def test_tiles_of_another_width_are_refused(device):
 def test_which_weights_are_taken():
     up, down = torch.empty(3, 24, 16, dtype=BF16), torch.empty(3, 16, 24, dtype=BF16)
     assert native.refusal(up, down) == ""
-    assert "bfloat16 and float16, got torch.float32" in native.refusal(up.float(), down.float())
+    assert "bfloat16, float16 and E4M3, got torch.float32" in native.refusal(
+        up.float(), down.float()
+    )
     for sizes in ((3, 20, 16), (3, 24, 12), (3, 24, 0)):
         assert "multiples of 8, got" in native.refusal(up, torch.empty(sizes, dtype=BF16))
     flat = torch.empty(2000, dtype=BF16)

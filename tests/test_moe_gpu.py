@@ -16,6 +16,7 @@ from nemokernels import (
     use_backend,
 )
 from nemokernels.ops.moe_experts import native, op
+from nemokernels.ops.moe_experts import ref as experts_ref
 from nemokernels.ops.moe_route import ref
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +122,31 @@ def test_any_number_of_slots(tokens, dtype):
 @pytest.mark.parametrize("tokens", [3, 100, 300])
 def test_widths_of_the_models(tokens, shape):
     check(*problem(tokens, 4, 2, *shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(
+    "size", [(7, 8, 3, 48, 80), (300, 4, 2, 272, 144), (500, 3, 2, 2688, 1856)]
+)
+def test_experts_in_fp8(size, per_row):
+    tokens, experts, top_k, width, hidden = size
+    byte = lambda *s: torch.randn(s).to(torch.float8_e4m3fn).view(torch.uint8)  # noqa: E731
+    rand = lambda *s: torch.rand(s) + 0.5  # noqa: E731
+    rows = (
+        ((tokens,), (experts, hidden), (experts, width)) if per_row else ((1,), *2 * ((experts,),))
+    )
+    x_scale, up_scale, down_scale = (rand(*s) for s in rows)
+    route = moe_route(torch.randn(tokens, experts), top_k=top_k)
+    args = (byte(tokens, width), x_scale, byte(experts, hidden, width), up_scale / width**0.5,
+            rand(experts) / 9, byte(experts, width, hidden), down_scale / hidden**0.5,
+            route.weights, route.offsets, route.order)  # fmt: skip
+    low = experts_ref.forward_fp8(*args, torch.bfloat16)
+    exact = experts_ref.forward_fp8(*testing.to_double(args), torch.float64)
+    there = on_gpu.to("cuda", args)
+    for backend in backends(there[2], there[5]):
+        with use_backend("moe_experts", backend):
+            got = torch.ops.nemokernels.moe_experts_fp8(*there, torch.bfloat16)
+        testing.assert_matches(got, exact, low, backend)
 
 
 def test_random_routings():

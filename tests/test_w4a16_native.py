@@ -5,6 +5,7 @@ Every test runs twice: the kernels as loops on the CPU, and, with a GPU, as they
 
 import pytest
 import torch
+from expert_tiles import tiles_of
 from fenced import fenced
 
 from nemokernels import NVFP4, moe_route, testing, tile_nvfp4
@@ -24,17 +25,6 @@ def random_weight(*shape):
     scales = torch.randint(0, 127, (*shape[:-1], shape[-1] // 16), dtype=torch.uint8)
     scale_2 = torch.rand(shape[:-2]) / 100 + 1e-3
     return tile_nvfp4(NVFP4(codes, scales.view(torch.float8_e4m3fn), scale_2))[:3]
-
-
-def tiles_of(offsets, rows):
-    """Expert and first row of each tile of ``rows`` rows, and one entry too many."""
-    expert, row, start = [], [], 0
-    for e, end in enumerate(offsets.tolist()):
-        for first in range(start, end, rows):
-            expert.append(e)
-            row.append(first)
-        start = end
-    return [torch.tensor(t, dtype=torch.int32) for t in (expert + [-1], row + [start])]
 
 
 def product(device, x, weight, route, part, rows, out):

@@ -31,6 +31,12 @@ struct Product {
   const float* weights;
   const void* hidden;
   float* partial;
+
+  // Of E4M3 operands: the scale of a, one or one per token, or that of each expert's hidden rows;
+  // of the weights, one per expert or one per column of each; of what comes up, one per expert.
+  const float *a_scale, *b_scale, *out_scale;
+  bool per_token, per_column;
+  int64_t b_width;  // columns of the weights
 };
 
 inline constexpr int kRows = 128;  // of a tile
@@ -40,7 +46,8 @@ struct Operands {
   TensorShape a, b;
 };
 
-// T is nemo::bf16 or nemo::fp16; kColumns of a tile: 192, 224, 232 or 256. Returns why not, or null.
+// T is nemo::bf16, nemo::fp16 or nemo::e4m3; kColumns of a tile: 192, 224, 232 or 256, of E4M3 128 or
+// 192. Results are T's, but what E4M3 brings to the slots is bfloat16. Returns why not, or null.
 template <class T, int kColumns, Part kPart, bool kAcross>
 const char* run_product(Product&, const Operands&, Stream);
 

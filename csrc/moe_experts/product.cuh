@@ -7,8 +7,7 @@
 // rows of a tile are read from memory once.
 #pragma once
 
-#include "moe_experts/moe_experts.h"
-#include "nemo/vec.h"
+#include "moe_experts/store.cuh"
 #include "nemo/wgmma.h"
 
 namespace nemo::moe_experts {
@@ -49,39 +48,8 @@ struct ProductKernel {
   }
 
  private:
-  // A tile of the result; without rows: nothing to do.
-  struct Place {
-    int64_t first, end, column;
-    int expert;
-
-    NEMO_DEVICE bool has_rows() const { return first < end; }
-  };
-
   static NEMO_DEVICE int64_t places(const Params& p) {
     return p.tiles * ceil_div(p.columns, kColumns);
-  }
-
-  static NEMO_DEVICE Place place(const Params& p, int64_t index) {
-    const int64_t across = ceil_div(p.columns, kColumns), tile = index / across;
-    const int expert = p.tile_expert[tile];
-    if (expert < 0 || expert >= p.experts) return {0, 0, 0, 0};
-    const int64_t first = p.tile_row[tile];
-    const int64_t end = smaller(smaller<int64_t>(p.offsets[expert], p.rows), first + kRows);
-    if (first < 0) return {0, 0, 0, 0};
-    return {first, end, index % across * kColumns, expert};
-  }
-
-  // The slot of a row; -1 where it has none.
-  static NEMO_DEVICE int64_t slot_of(const Params& p, const Place& at, int64_t row) {
-    if (row >= at.end) return -1;
-    const int64_t slot = p.order[row];
-    return slot < p.rows ? slot : -1;
-  }
-
-  static NEMO_DEVICE int64_t token_of(const Params& p, int64_t slot) {
-    if (slot < 0) return 0;
-    // In 32 bits, which suffice: a division in 64 would be a call.
-    return p.tokens == nullptr ? uint32_t(slot) / uint32_t(p.top_k) : p.tokens[slot];
   }
 
   // Which stage is next, and the parity of its barriers' phase.
@@ -99,7 +67,7 @@ struct ProductKernel {
     Turn turn, copied;
     int under_way = 0;
     for (int64_t index = block; index < places(p); index += blocks) {
-      const Place at = place(p, index);
+      const Place at = place(p, index, kColumns);
       if (!at.has_rows()) continue;
       PerThread<const uint8_t*> rows[kEach];
       if constexpr (kGather) {
@@ -107,8 +75,11 @@ struct ProductKernel {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
             const int64_t slot = slot_of(p, at, at.first + t / kPieces + kApart * i);
-            const auto* row = static_cast<const T*>(p.a) + offset(token_of(p, slot), p.a_row);
-            rows[i][t] = slot < 0 ? nullptr : reinterpret_cast<const uint8_t*>(row);
+            rows[i][t] = nullptr;
+            if (slot >= 0) {
+              const auto* row = static_cast<const T*>(p.a) + offset(token_of(p, slot), p.a_row);
+              rows[i][t] = reinterpret_cast<const uint8_t*>(row);
+            }
           }
         });
       }
@@ -172,13 +143,13 @@ struct ProductKernel {
                                        Shared& shared) {
     Turn turn;
     for (int64_t index = block; index < places(p); index += blocks) {
-      Place at = place(p, index);
+      Place at = place(p, index, kColumns);
       if (!at.has_rows()) continue;
       at.first += group * kGroupRows;
       if (at.has_rows()) {
         PerThread<Sums<kColumns>> sums;
         multiply_tile(p, turn, group, shared, sums);
-        store(p, at, sums);
+        Store<T, kColumns, kPart>::store(p, at, sums);
       } else {
         for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
           shared.full[turn.stage].wait(turn.parity);
@@ -188,19 +159,37 @@ struct ProductKernel {
     }
   }
 
-  // A stage is released when the products after its own have been asked for.
   static NEMO_DEVICE void multiply_tile(const Params& p, Turn& turn, int group, Shared& shared,
                                         PerThread<Sums<kColumns>>& sums) {
-    int before = turn.stage;
-    for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
-      shared.full[turn.stage].wait(turn.parity);
-      multiply_stage(shared, turn.stage, group, sums, k > 0);
-      wait_products<1>();
-      if (k > 0) release(shared.empty[before]);
-      before = turn.stage;
+    if constexpr (sizeof(T) == 1) {
+      // Products of E4M3 keep 14 bits of a sum: every stage is added in float32. Meanwhile the
+      // other warpgroup multiplies.
+      for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
+        PerThread<Sums<kColumns>> part;
+        shared.full[turn.stage].wait(turn.parity);
+        multiply_stage(shared, turn.stage, group, part, false);
+        wait_products<0>();
+        release(shared.empty[turn.stage]);
+        each_thread([&](int t) {
+#pragma unroll
+          for (int i = 0; i < kColumns / 2; ++i) {
+            sums[t].value[i] = k == 0 ? part[t].value[i] : sums[t].value[i] + part[t].value[i];
+          }
+        });
+      }
+    } else {
+      // A stage is released when the products after its own have been asked for.
+      int before = turn.stage;
+      for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
+        shared.full[turn.stage].wait(turn.parity);
+        multiply_stage(shared, turn.stage, group, sums, k > 0);
+        wait_products<1>();
+        if (k > 0) release(shared.empty[before]);
+        before = turn.stage;
+      }
+      wait_products<0>();
+      release(shared.empty[before]);
     }
-    wait_products<0>();
-    release(shared.empty[before]);
   }
 
   static NEMO_DEVICE void multiply_stage(Shared& shared, int stage, int group,
@@ -209,11 +198,10 @@ struct ProductKernel {
     const uint32_t b = shared_address(shared.b[stage]);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-      const int along = k * int(sizeof(T));
-      const uint64_t right = kAcross ? operand(b + k * kBoxBytes, kDepth * kBoxBytes)
-                                     : operand(b + along);
-      multiply<T, kAcross>(sums, operand(a + along), right, adds || k > 0);
+    for (int along = 0; along < kBoxBytes; along += kProductBytes) {
+      const int across = along / int(sizeof(T)) * kBoxBytes;
+      const uint64_t right = kAcross ? operand(b + across, kDepth * kBoxBytes) : operand(b + along);
+      multiply<T, kAcross>(sums, operand(a + along), right, adds || along > 0);
     }
     commit_products();
   }
@@ -223,113 +211,6 @@ struct ProductKernel {
     each_thread([&](int t) {
       if (t % kLanes == 0) empty.arrive();
     });
-  }
-
-  // Four threads hold 8 columns of a row, two each. They trade until each has 8 columns, 16 bytes,
-  // of every 32.
-  static NEMO_DEVICE void store(const Params& p, const Place& at, PerThread<Sums<kColumns>>& sums) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      PerThread<int64_t> slot, start;  // of the row in the result
-      PerThread<float> dweight;
-      each_thread([&](int t) {
-        const int64_t r = at.first + t / kLanes * 16 + t % kLanes / 4 + 8 * half;
-        slot[t] = slot_of(p, at, r);
-        start[t] = offset(kPart == Part::kSlots ? slot[t] : r, p.columns, at.column, 1);
-        dweight[t] = 0.0f;
-      });
-#pragma unroll
-      for (int c = 0; c < kColumns; c += 32) {
-        PerThread<uint32_t> pair[4];
-        if constexpr (kPart == Part::kDHidden) {
-          each_thread([&](int t) {
-            Vec<T, 8> hidden{};
-            if (is_stored(p, at, slot[t], c + 8 * (t % 4))) {
-              hidden = load_vec<true, 8>(
-                  static_cast<const T*>(p.hidden) + start[t] + c + 8 * (t % 4), 8);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) pair[i][t] = hidden.word[i];
-          });
-          transpose(pair);
-        }
-        each_thread([&](int t) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (c + 8 * i >= kColumns) continue;
-            const float* sum = sums[t].value + (c / 8 + i) * 4 + 2 * half;
-            if constexpr (kPart != Part::kDHidden) {
-              pair[i][t] = result(sum[0], sum[1]);
-            } else if (is_stored(p, at, slot[t], c + 8 * i)) {
-              pair[i][t] = gradient(sum, pair[i][t], p.weights[slot[t]], dweight[t]);
-            }
-          }
-        });
-        transpose(pair);
-        each_thread([&](int t) {
-          const int column = c + 8 * (t % 4);
-          if (!is_stored(p, at, slot[t], column)) return;
-          store_packed(static_cast<T*>(p.out) + start[t] + column,
-                       Vec<T, 8>{pair[0][t], pair[1][t], pair[2][t], pair[3][t]});
-        });
-      }
-      if constexpr (kPart == Part::kDHidden) store_partial(p, at, slot, dweight);
-    }
-  }
-
-  static NEMO_DEVICE bool is_stored(const Params& p, const Place& at, int64_t slot, int column) {
-    return slot >= 0 && column < kColumns && at.column + column < p.columns;
-  }
-
-  static NEMO_DEVICE uint32_t result(float low, float high) {
-    if constexpr (kPart == Part::kUp) {
-      low = low < 0.0f ? 0.0f : low;  // NaN stays
-      high = high < 0.0f ? 0.0f : high;
-      low *= low;
-      high *= high;
-    }
-    return pack_halves<T>(low, high);
-  }
-
-  static NEMO_DEVICE uint32_t gradient(const float* sum, uint32_t hidden, float weight,
-                                       float& dweight) {
-    const float low = low_half<T>(hidden), high = high_half<T>(hidden);
-    dweight = fma(low, sum[0], dweight);
-    dweight = fma(high, sum[1], dweight);
-    return pack_halves<T>(2.0f * sqrtf(low) * (weight * sum[0]),
-                          2.0f * sqrtf(high) * (weight * sum[1]));
-  }
-
-  // Adds up the four threads of a row, in the same order in all of them.
-  static NEMO_DEVICE void store_partial(const Params& p, const Place& at, PerThread<int64_t>& slot,
-                                        PerThread<float>& dweight) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      PerThread<uint32_t> other;
-      each_thread([&](int t) { other[t] = float_to_bits(dweight[t]); });
-      exchange(other, bit);
-      each_thread([&](int t) { dweight[t] += bits_to_float(other[t]); });
-    }
-    each_thread([&](int t) {
-      if (t % 4 == 0 && slot[t] >= 0) {
-        p.partial[offset(at.column / kColumns, p.rows, slot[t], 1)] = dweight[t];
-      }
-    });
-  }
-
-  // Value i of thread j of four becomes value j of thread i.
-  static NEMO_DEVICE void transpose(PerThread<uint32_t> (&value)[4]) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        PerThread<uint32_t> sent;
-        each_thread([&](int t) { sent[t] = t & bit ? value[i][t] : value[i + bit][t]; });
-        exchange(sent, bit);
-        each_thread([&](int t) { (t & bit ? value[i][t] : value[i + bit][t]) = sent[t]; });
-      }
-    }
   }
 };
 

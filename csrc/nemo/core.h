@@ -11,6 +11,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #define NEMO_HD __host__ __device__ __forceinline__
 #else
 #define NEMO_HD inline
@@ -24,6 +25,10 @@ struct bf16 {
 
 struct fp16 {
   uint16_t bits;
+};
+
+struct e4m3 {
+  uint8_t bits;
 };
 
 // Number format of an operand whose type is chosen at run time (weights, biases).
@@ -61,7 +66,19 @@ NEMO_HD float to_float(fp16 value) {
 #endif
 }
 
-// Round to nearest, ties to even.
+NEMO_HD float to_float(e4m3 value) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(value.bits, __NV_E4M3)));
+#else
+  const uint32_t magnitude = value.bits & 0x7F;
+  float out = magnitude < 8 ? float(magnitude) * 0x1p-9f
+                            : bits_to_float((magnitude << 20) + (120u << 23));
+  if (magnitude == 0x7F) out = NAN;
+  return value.bits & 0x80 ? -out : out;
+#endif
+}
+
+// Round to nearest, ties to even. E4M3 saturates at 448.
 template <class T>
 NEMO_HD T from_float(float value);
 
@@ -90,6 +107,21 @@ NEMO_HD fp16 from_float<fp16>(float value) {
   fp16 out;
   std::memcpy(&out.bits, &half, sizeof out.bits);
   return out;
+#endif
+}
+
+template <>
+NEMO_HD e4m3 from_float<e4m3>(float value) {
+#ifdef __CUDA_ARCH__
+  return {__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3)};
+#else
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::fabs(value);
+  if (value != value) return {uint8_t(sign | 0x7F)};
+  if (size >= 448.0f) return {uint8_t(sign | 0x7E)};
+  if (size < 0x1p-6f) return {uint8_t(sign | uint8_t(std::nearbyint(size * 0x1p9f)))};
+  const uint32_t bits = float_to_bits(size);
+  return {uint8_t(sign | ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3))};
 #endif
 }
 

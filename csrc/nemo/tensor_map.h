@@ -24,7 +24,7 @@ struct TensorShape {
 
 using TensorMap = CUtensorMap;
 
-// Of 16-bit elements; null if the driver refuses the shape, or has no such function.
+// Of elements T. Returns why not, or null.
 template <class T>
 const char* make_tensor_map(const TensorShape& shape, TensorMap& map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -34,8 +34,9 @@ const char* make_tensor_map(const TensorShape& shape, TensorMap& map) {
                                        &result) != cudaSuccess || found == nullptr) {
     return "the driver cannot describe tensors to the tensor memory accelerator";
   }
-  constexpr auto kType = std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr auto kType = sizeof(T) == 1               ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                         : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t size[] = {cuuint64_t(shape.size[0]), cuuint64_t(shape.size[1]),
                              cuuint64_t(shape.size[2])};
   const cuuint64_t stride[] = {cuuint64_t(shape.stride[0]), cuuint64_t(shape.stride[1])};
@@ -50,11 +51,13 @@ const char* make_tensor_map(const TensorShape& shape, TensorMap& map) {
 
 #else
 
-using TensorMap = TensorShape;
+struct TensorMap : TensorShape {
+  int itemsize;
+};
 
 template <class T>
 const char* make_tensor_map(const TensorShape& shape, TensorMap& map) {
-  map = shape;
+  map = {shape, int(sizeof(T))};
   const bool aligned = reinterpret_cast<uintptr_t>(shape.data) % 16 == 0 &&
                        shape.stride[0] % 16 == 0 && shape.stride[1] % 16 == 0;
   return aligned && shape.lines <= 256 ? nullptr : "a tensor's description is not one";

@@ -18,6 +18,7 @@
 namespace nemo {
 
 inline constexpr int kWarpgroup = 128;
+inline constexpr int kProductBytes = 32;  // of the depth that a product takes
 
 template <class T>
 struct PerThread {

@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "nemo/vec.h"
+
 namespace nemo {
 
 inline void require(bool holds, const char* rule) {
@@ -85,23 +87,22 @@ class Barrier {
   int64_t bytes_ = 0;
 };
 
-// 16-bit elements; see make_tensor_map.
 inline void load_box(void* to, const TensorMap& map, Barrier& barrier, int x, int y, int z) {
-  constexpr int kWidth = kBoxBytes / 2;
+  const int width = kBoxBytes / map.itemsize;
   uint8_t* memory = Asked::here().shared_memory;
   const uint32_t first = shared_address(to);
   require(first % 1024 == 0, "a box needs shared memory aligned to 1024 bytes");
+  const auto inside = [](int64_t i, int64_t size) { return 0 <= i && i < size; };
   for (int line = 0; line < map.lines; ++line) {
-    for (int i = 0; i < kWidth; ++i) {
-      uint16_t value = 0;
-      if (0 <= x + i && x + i < map.size[0] && 0 <= y + line && y + line < map.size[1] && 0 <= z &&
-          z < map.size[2]) {
-        std::memcpy(&value,
-                    static_cast<const uint8_t*>(map.data) + 2 * int64_t(x + i) +
-                        (y + line) * map.stride[0] + z * map.stride[1],
-                    2);
+    for (int i = 0; i < width; ++i) {
+      uint8_t* at = memory + swizzled(first + kBoxBytes * line + map.itemsize * i);
+      std::memset(at, 0, map.itemsize);
+      if (!inside(x + i, map.size[0]) || !inside(y + line, map.size[1]) ||
+          !inside(z, map.size[2])) {
+        continue;
       }
-      std::memcpy(memory + swizzled(first + kBoxBytes * line + 2 * i), &value, 2);
+      const int64_t from = offset(x + i, map.itemsize, y + line, map.stride[0], z, map.stride[1]);
+      std::memcpy(at, static_cast<const uint8_t*>(map.data) + from, map.itemsize);
     }
   }
   barrier.deliver(kBoxBytes * map.lines);
@@ -149,8 +150,8 @@ float element(uint64_t operand, int row, int k) {
   const uint32_t eight = (operand >> 32 & 0x3FFF) << 4;
   require(operand >> 62 == 1, "an operand is not laid out in swizzled lines of 128 bytes");
   const uint32_t address =
-      kAcross ? start + row / 64 * apart + k / 8 * eight + k % 8 * 128 + row % 64 * 2
-              : start + row / 8 * eight + row % 8 * 128 + 2 * k;
+      kAcross ? start + row / 64 * apart + k / 8 * eight + k % 8 * kBoxBytes + row % 64 * 2
+              : start + row / 8 * eight + row % 8 * kBoxBytes + k * int(sizeof(T));
   T value;
   std::memcpy(&value, Asked::here().shared_memory + swizzled(address), sizeof value);
   return to_float(value);
@@ -161,8 +162,9 @@ void multiply(PerThread<Sums<kColumns>>& sums, uint64_t left, uint64_t right, bo
   Asked& asked = Asked::here();
   require(asked.begun, "a product was asked for before begin_products");
   asked.products.push_back([&sums, left, right, adds] {
-    static thread_local float a[64][16], b[256][16];
-    for (int k = 0; k < 16; ++k) {
+    constexpr int kDepth = kProductBytes / int(sizeof(T));
+    static thread_local float a[64][kDepth], b[256][kDepth];
+    for (int k = 0; k < kDepth; ++k) {
       for (int row = 0; row < 64; ++row) a[row][k] = element<T, false>(left, row, k);
       for (int c = 0; c < kColumns; ++c) b[c][k] = element<T, kAcross>(right, c, k);
     }
@@ -171,7 +173,7 @@ void multiply(PerThread<Sums<kColumns>>& sums, uint64_t left, uint64_t right, bo
         const int thread = row / 16 * 32 + row % 8 * 4 + c % 8 / 2;
         float& sum = sums[thread].value[c / 8 * 4 + row % 16 / 8 * 2 + c % 2];
         float total = adds ? sum : 0.0f;
-        for (int k = 0; k < 16; ++k) total += a[row][k] * b[c][k];
+        for (int k = 0; k < kDepth; ++k) total += a[row][k] * b[c][k];
         sum = total;
       }
     }

@@ -204,7 +204,7 @@ struct ProductKernel {
     FragmentA out;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float s = e4m3(scales >> 8 * h & 255) * (kBrain ? 0x1p119f : 0x1p7f);
+      const float s = to_float(e4m3{uint8_t(scales >> 8 * h)}) * (kBrain ? 0x1p119f : 0x1p7f);
       const uint32_t scale = pack_halves<T>(s, s), word = step < 2 ? codes[h].x : codes[h].y;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -234,20 +234,6 @@ struct ProductKernel {
     const int up = kTop - (4 * i + 2);
     return (word << (12 - 4 * i) & 0x80008000u) |
            ((up >= 0 ? word << up : word >> -up) & kMagnitude);
-  }
-
-  static NEMO_HD float e4m3(uint32_t code) {
-#ifdef __CUDA_ARCH__
-    uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(code)));
-    return __half2float(__ushort_as_half(uint16_t(halves)));
-#else
-    const uint32_t magnitude = code & 0x7F;
-    float value = magnitude < 8 ? float(magnitude) * 0x1p-9f
-                                : bits_to_float((magnitude << 20) + (120u << 23));
-    if (magnitude == 0x7F) value = NAN;
-    return code & 0x80 ? -value : value;
-#endif
   }
 };
 

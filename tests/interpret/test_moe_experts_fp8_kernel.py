@@ -1,5 +1,7 @@
 """The Triton kernel of moe_experts in FP8, interpreted, against the reference."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -120,6 +122,19 @@ def test_a_route_that_is_none_stays_in_bounds():
     config = op.Config("triton", TILES["small"])
     got = kernel_fp8.forward(*args, weights, offsets, order, dtype=torch.float32, config=config)
     assert got.shape == (4, 32)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_products_of_csrc(host_library, per_row):
+    """The table of tiles and the sums over slots are Triton's."""
+    args = make(70, 4, 2, 176, 48, per_row)
+    for most in (1, 2**40):
+        config = op.plan_fp8(140, 4, "", ("csrc",), (9, 0))
+        config = dataclasses.replace(config, slot_bytes=most)
+        got = kernel_fp8.forward(*args, dtype=torch.bfloat16, config=config)
+        low = ref.forward_fp8(*args, torch.bfloat16)
+        exact = ref.forward_fp8(*testing.to_double(args), torch.float64)
+        testing.assert_matches(got, exact, low)
 
 
 def test_plan():

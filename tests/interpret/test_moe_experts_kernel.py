@@ -205,7 +205,8 @@ def test_plan():
     assert op.plan(*both, ("csrc", "reference"), (9, 0), "no").reason == "no"
     with pytest.raises(RuntimeError, match="moe_experts: csrc takes widths"):
         op.plan(*both, ("csrc",), (9, 0), "csrc takes widths")
-    assert op.plan_fp8(96, 8, "", ("csrc",), (9, 0)).backend == "triton"
+    assert op.plan_fp8(96, 8, "", ("csrc",), (9, 0)).backend == "csrc"
+    assert op.plan_fp8(96, 8, "", ("csrc", "reference"), (9, 0), "no").reason == "no"
 
 
 def test_a_table_that_names_csrc_where_it_cannot_run(monkeypatch):

@@ -393,7 +393,7 @@ class _Tiles:
         if self.native:
             return native.product(
                 a, b.mT, route.order, route.offsets, self.expert, self.row, route.top_k, part,
-                self.columns(b, part), out, first, route.weights, hidden, partial, route.tokens,
+                self.columns(b, part), out, first, route.tokens, (route.weights, hidden, partial),
             )  # fmt: skip
         k_inner = b.stride(1) == 1
         b_rows = b.mT if k_inner else b

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nemokernels import _triton
 from nemokernels._tl import offset64, squared_relu, to_fp8
 from nemokernels._triton import cdiv
+from nemokernels.ops.moe_experts import native
 from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_rows, tile_table
 from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 
@@ -111,22 +112,33 @@ def forward(
 ):  # fmt: skip
     """As ref.forward_fp8."""
     weights, offsets, order = weights.contiguous(), offsets.contiguous(), order.contiguous()
-    slots, tile = order.shape[0], config.rows
-    table = tile_table(offsets, slots, tile.rows)
+    slots, tile, by_csrc = order.shape[0], config.rows, config.backend == "csrc"
+    table = tile_table(offsets, slots, native.ROWS if by_csrc else tile.rows)
     hidden = x.new_empty(slots, up.shape[1])
 
+    def tile_columns(b):
+        return native.tile_columns(b.shape[1], native.EIGHT) if by_csrc else tile.columns
+
     def product(a, a_scale, b, b_scale, out, is_up, first=0):
-        a, b = a.contiguous().view(E4M3), b.contiguous().view(E4M3)
+        a, b, b_scale = a.contiguous(), b.contiguous(), b_scale.contiguous()
         (_, width, depth), columns = b.shape, out.shape[1]
         grid = (table[0].shape[0] * cdiv(columns, tile.columns),)
         if not grid[0]:
             return
+        if by_csrc:
+            native.product(
+                a, b, order, offsets, *table, weights.shape[1], "up" if is_up else "slots",
+                tile_columns(b), out, first, scales=(a_scale, b_scale, hidden_scale),
+            )  # fmt: skip
+            return
+        a, b = a.view(E4M3), b.view(E4M3)
+        out = out.view(E4M3) if is_up else out
         tma = config.tma and takes_tma(b)
         b_arg = b
         if tma:
             b_arg = TensorDescriptor.from_tensor(b.view(-1, depth), [tile.columns, tile.depth])
         moe_experts_fp8_kernel[grid](
-            a, a_scale, b_arg, b_scale.contiguous(), hidden_scale, out, order, offsets, *table,
+            a, a_scale, b_arg, b_scale, hidden_scale, out, order, offsets, *table,
             first, columns, slots, width, depth, weights.shape[1], a.stride(0), UP=is_up,
             SCALE_PER_ROW=a_scale.numel() != 1, SCALE_PER_COLUMN=b_scale.dim() == 2, TMA=tma,
             EVEN_K=depth % tile.depth == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
@@ -134,9 +146,9 @@ def forward(
         )  # fmt: skip
 
     hidden_scale = hidden_scale.contiguous()
-    product(x, x_scale.contiguous(), up, up_scale, hidden.view(E4M3), True)
-    width, unit = x.shape[1], tile.columns
-    columns = columns_at_once(slots, width, dtype.itemsize, unit, config.slot_bytes)
+    product(x, x_scale.contiguous(), up, up_scale, hidden, True)
+    columns = columns_at_once(slots, x.shape[1], dtype.itemsize, tile_columns(down),
+                              config.slot_bytes)  # fmt: skip
     return in_passes(
         x.new_empty((slots, columns), dtype=dtype), x.new_empty(x.shape, dtype=dtype),
         lambda rows, first: product(hidden, hidden_scale, down, down_scale, rows, False, first),

@@ -82,13 +82,11 @@ def plan(
         RuntimeError: none of ``backends`` takes the problem.
     """
     unsupported = unsupported or too_many(experts)
-    if "csrc" in backends and "triton" not in backends:
-        unsupported = unsupported or refusal
-        if not _triton.needs_reference(FAMILY.name, unsupported, ("triton", *backends)):
-            weights = Tile(128, 128, 64, 8, 3) if backward else None
-            return Config("csrc", Tile(native.ROWS, 256, 64, 8, 3), weights, True)
+    if _by_csrc(unsupported or refusal, backends):
+        weights = Tile(128, 128, 64, 8, 3) if backward else None
+        return Config("csrc", Tile(native.ROWS, 256, 64, 8, 3), weights, True)
     if _triton.needs_reference(FAMILY.name, unsupported, backends):
-        return Config("reference", reason=unsupported)
+        return Config("reference", reason=unsupported or refusal)
     if dtype == torch.float32:  # not measured
         tile = Tile(64, 64, 32, 4, 2)
         return Config("triton", tile, tile if backward else None)
@@ -116,19 +114,20 @@ def plan_fp8(
     unsupported: str,
     backends: tuple[str, ...],
     capability: tuple[int, int],
+    refusal: str = "",
 ) -> Config:
-    """The configuration of experts in FP8.
+    """The configuration of experts in FP8; as :func:`plan`.
 
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
     unsupported = unsupported or too_many(experts)
-    if "csrc" in backends:  # which leaves these to Triton
-        backends = ("triton", *backends)
     if not unsupported and capability < (8, 9):
         unsupported = "FP8 products need sm_89 or newer, this is sm_{}{}".format(*capability)
+    if _by_csrc(unsupported or refusal, backends):
+        return Config("csrc", Tile(native.ROWS, 160, 128, 8, 4), None, True)
     if _triton.needs_reference(FAMILY.name, unsupported, backends):
-        return Config("reference", reason=unsupported)
+        return Config("reference", reason=unsupported or refusal)
     # Not measured.
     load = slots / max(experts, 1)
     roomy = capability in _triton.ROOMY
@@ -141,18 +140,30 @@ def plan_fp8(
     return Config("triton", tile, None, capability >= (9, 0))
 
 
-def _plan(x, up, down, weights, offsets, order, starts, backward=False) -> Config:
-    problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
-    backends = _backends.usable(FAMILY.name, x.device)
-    refusal = native.refusal(up, down)
-    config = plan(
-        *problem, _triton.unsupported(x, weights), backends,
-        torch.cuda.get_device_capability(x.device), refusal,
-    )  # fmt: skip
-    tuned = _tuned.tuned(FAMILY.name, x.device, problem, config)
+def _by_csrc(barred: str, backends: tuple[str, ...]) -> bool:
+    # Where only csrc is proven, or was asked for: that it cannot is an error then.
+    if "csrc" not in backends or "triton" in backends:
+        return False
+    return not _triton.needs_reference(FAMILY.name, barred, ("triton", *backends))
+
+
+def _tuned_plan(plan, device, problem, unsupported, refusal) -> Config:
+    """The configuration of ``problem``, with what a table knows better."""
+    backends = _backends.usable(FAMILY.name, device)
+    capability = torch.cuda.get_device_capability(device)
+    config = plan(problem, unsupported, backends, capability, refusal)
+    tuned = _tuned.tuned(FAMILY.name, device, problem, config)
     # The table may come from a machine that has csrc.
     lacks = tuned.backend == "csrc" and (refusal or "csrc" not in backends)
     return config if lacks else tuned
+
+
+def _plan(x, up, down, weights, offsets, order, starts, backward=False) -> Config:
+    problem = (order.shape[0], offsets.shape[0], x.dtype, backward)
+    return _tuned_plan(
+        lambda problem, *rest: plan(*problem, *rest), x.device, problem,
+        _triton.unsupported(x, weights), native.refusal(up, down),
+    )  # fmt: skip
 
 
 def candidates(config: Config, backward: bool) -> Iterator[Config]:
@@ -176,9 +187,12 @@ def _plan_fp8(
     unsupported = _triton.unsupported(x_scale, up_scale, hidden_scale, down_scale, weights)
     if dtype not in _triton.DTYPES:
         unsupported = f"the Triton kernels do not return {dtype}"
-    return plan_fp8(
-        order.shape[0], up.shape[0], unsupported, _backends.usable(FAMILY.name, x.device),
-        torch.cuda.get_device_capability(x.device),
+    refusal = native.refusal(up, down)
+    if dtype != torch.bfloat16:
+        refusal = f"csrc returns bfloat16, not {dtype}"
+    return _tuned_plan(
+        lambda problem, *rest: plan_fp8(*problem[:2], *rest), x.device,
+        (order.shape[0], up.shape[0], torch.float8_e4m3fn, False), unsupported, refusal,
     )  # fmt: skip
 
 
