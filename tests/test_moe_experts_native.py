@@ -6,6 +6,7 @@ Every test runs twice: the kernels as warpgroups on the CPU, and, with a GPU, as
 import pytest
 import torch
 from expert_tiles import tiles_of
+from fenced import EDGES, fenced
 
 from nemokernels import moe_route, testing
 from nemokernels.ops.moe_experts import native, ref
@@ -184,10 +185,14 @@ def test_strided_operands(device, part, tile):
     assert all(torch.equal(a, b) for a, b in zip(problem.run(device, tile), want))
 
 
+@pytest.mark.parametrize("edge", [None, *EDGES])
 @pytest.mark.parametrize("part, tile", SOME)
-def test_a_route_that_is_none_stays_in_bounds(device, part, tile):
+def test_a_route_that_is_none_stays_in_bounds(device, part, tile, edge):
     """Slots and experts out of range, offsets behind the end: nothing is read or written there."""
     problem = Problem(part, 2, 16, 24)
+    if edge:
+        tokens = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+        problem.tokens = fenced(tokens, edge) if device.type == "cpu" else tokens
     problem.order = torch.tensor([0, -7, 99, 3], dtype=torch.int32)
     problem.offsets = torch.tensor([3, 900, 900, -5, 2**31 - 1], dtype=torch.int32)
     tiles = torch.tensor([0, 1, 7, -3, 2**31 - 1, 4]), torch.tensor([0, 3, 0, 0, 0, -128])

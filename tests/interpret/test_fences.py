@@ -39,6 +39,18 @@ def unquantised(tile, tma):
     return run, (torch.randn(T, X), torch.rand(T * K, F), *args)
 
 
+def ragged():
+    config = experts.Config("triton", SMALL, SMALL)
+    weights, *rest = route()
+    starts = torch.tensor([0, 3, 3, 4, 8, 10], dtype=torch.int32)
+    args = torch.randn(T, X), torch.randn(E, F, X), torch.randn(E, X, F), weights.flatten(), *rest
+
+    def run(dy, hidden, *args):
+        return *kernel.forward(*args, config), *kernel.backward(dy, *args, hidden, config)
+
+    return run, (torch.randn(T, X), torch.rand(T * K, F), *args, starts)
+
+
 def fp8(per_row, tma):
     byte = lambda *shape: torch.randn(shape).to(torch.float8_e4m3fn).view(torch.uint8)  # noqa: E731
     scales = (torch.rand(T), torch.rand(E, F), torch.rand(E, X)) if per_row else (
@@ -96,6 +108,7 @@ CASES = {
     "unquantised": lambda: unquantised(SMALL, False),
     "unquantised, swapped": lambda: unquantised(SWAP, False),
     "unquantised, TMA": lambda: unquantised(SMALL, True),
+    "unquantised, any number of slots": ragged,
     "FP8": lambda: fp8(False, False),
     "FP8, TMA, a scale per row": lambda: fp8(True, True),
     "NVFP4 experts": nvfp4_experts,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from expert_kernels import F16, F32, NAMES, NO_OFFSETS, TILES, compare, guarded, make, run, small
+from fenced import EDGES, fenced, results
 
 from nemokernels import ragged_route
 from nemokernels.ops.moe_experts import kernel, op, ref
@@ -101,19 +102,17 @@ NO_STARTS = [(0, 3, 1, 20, 5, 10), (-7, 2, 4, 6, 8, 10), (2**31 - 1,) * 6, (-(2*
              (10, 8, 6, 4, 2, 0), (0, 2**31 - 1, 0, -(2**31), 3, 3)]  # fmt: skip
 
 
+@pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("starts", NO_STARTS)
-def test_starts_that_are_none_stay_in_bounds(starts):
-    """Neither a token that is none is read nor a slot; the walls hold NaN."""
-    (x, up, down, *route), dy = ragged([2, 3, 0, 1, 4], 4, 24, 16)
-    route[3] = torch.tensor(starts, dtype=torch.int32)
-    walled = [torch.full((45, 24), torch.nan) for _ in range(2)]
-    inner = [wall[20:25].copy_(t) for wall, t in zip(walled, (x, dy))]
-    args = inner[0], up, down, *route
-    with guarded() as inside:
-        out = run(args, inner[1], small("tall", True))
-    assert inside() and [t.shape for t in out[:3]] == [x.shape, (10, 16), x.shape]
-    tokens = kernel._Route(5, *route).tokens
-    assert ((tokens >= 0) & (tokens < 5)).all() and not out[1].isnan().any()
+def test_starts_that_are_none_stay_in_bounds(starts, edge):
+    """Neither a token that is none is read nor a slot."""
+    (x, *rest, _), dy = ragged([2, 3, 0, 1, 4], 4, 24, 16)
+    args = [fenced(t, edge) for t in (x, *rest, torch.tensor(starts, dtype=torch.int32))]
+    with results(edge):
+        out = run(args, fenced(dy, edge), small("tall", False))
+    assert [t.shape for t in out[:3]] == [x.shape, (10, 16), x.shape]
+    tokens = kernel._Route(5, *args[3:]).tokens
+    assert ((tokens >= 0) & (tokens < 5)).all()
 
 
 @pytest.mark.parametrize("offsets", NO_OFFSETS)
