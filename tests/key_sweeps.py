@@ -164,6 +164,26 @@ def state_update(call, rows, tokens, slices, packed=False):
          head, x, head, True, *places, None, 5)  # fmt: skip
 
 
+def moe_experts(call, rows, tokens, slices, ragged=False):
+    """Four slots per token, or as many in all and any per token."""
+    tokens *= rows
+    x, dy = slices((tokens,), 128, 128)
+    up = zeros(16, 128, 128, dtype=torch.bfloat16)
+    weights = zeros(4 * tokens) if ragged else zeros(tokens, 4)
+    route = weights, ints(16), ints(4 * tokens), ints(tokens + 1) if ragged else None
+    _, hidden = call("moe_experts", x, up, up, *route)
+    call("moe_experts_backward", dy, x, up, up, *route, hidden)
+
+
+def moe_experts_fp8(call, rows, tokens, slices, per_row=False):
+    tokens *= rows
+    x, up = zeros(tokens, 128, dtype=torch.uint8), zeros(16, 128, 128, dtype=torch.uint8)
+    each = zeros(16, 128) if per_row else zeros(16)
+    scale = zeros(tokens) if per_row else zeros(1)
+    route = zeros(tokens, 4), ints(16), ints(4 * tokens)
+    call("moe_experts_fp8", x, scale, up, each, zeros(16), up, each, *route, torch.bfloat16)
+
+
 def _matrix(*sizes, columns=128):
     *count, rows = sizes
     byte = dict(dtype=torch.uint8)
@@ -228,6 +248,24 @@ SWEEPS = (
     Sweep(
         w4a16,
         most={"w4a16_kernel": 9, "w4a16_backward_kernel": 3, "moe_experts_tiles_kernel": 3},
+    ),
+    # Tiles for few, some and many rows per expert, of two products forward and two backward.
+    Sweep(
+        moe_experts,
+        ({}, dict(ragged=True)),
+        most={
+            "moe_experts_tiles_kernel": 3,
+            "moe_experts_rows_kernel": 12,
+            "moe_experts_weight_grad_kernel": 2,
+            "moe_experts_slot_sum_kernel": 2,
+            "column_sum_kernel": 2,  # over slots, in vectors where 16 divides them
+        },
+    ),
+    Sweep(
+        moe_experts_fp8,
+        ({}, dict(per_row=True)),
+        # The scale of a lone token is that of a tensor.
+        most={"moe_experts_tiles_kernel": 3, "moe_experts_fp8_kernel": 7},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

@@ -86,7 +86,7 @@ def token_of(tokens_ptr, slot, top_k):
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def moe_experts_rows_kernel(
     a_ptr,
     b_ptr,
@@ -204,7 +204,7 @@ def moe_experts_rows_kernel(
         tl.store(out_ptr + at, acc.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def moe_experts_weight_grad_kernel(
     a_ptr,
     b_ptr,

@@ -21,7 +21,7 @@ from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
 E4M3 = torch.float8_e4m3fn
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def moe_experts_fp8_kernel(
     a_ptr,
     a_scale_ptr,
