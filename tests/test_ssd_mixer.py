@@ -3,6 +3,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nemokernels import mamba_split_conv1d_scan_combined as mixer
 from nemokernels import rmsnorm_fn
@@ -247,6 +248,16 @@ def test_a_frozen_projection_normalises_once():
     with mock.patch.object(projection.gated_norm, "gated_rms_norm", side_effect=AssertionError):
         out.sum().backward()
     assert args["zxbcdt"].grad is not None and args["outproj_bias"].grad is not None
+
+
+def test_runs_again_in_the_backward():
+    """Under torch.utils.checkpoint, which hands out what was saved once."""
+    args = inputs(mlp=2)
+    leaves = list(args.values())
+    out = checkpoint(lambda *a: run(dict(zip(args, a))), *leaves, use_reentrant=False)
+    grad = torch.randn_like(out)
+    pairs = zip(*(torch.autograd.grad(o, leaves, grad) for o in (out, run(args))))
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_double_backward_raises():
