@@ -6,7 +6,7 @@ Every test runs twice: the kernels as loops on the CPU, and, with a GPU, as they
 import pytest
 import torch
 from expert_tiles import tiles_of
-from fenced import fenced
+from fenced import EDGES, fenced
 
 from nemokernels import NVFP4, moe_route, testing, tile_nvfp4
 from nemokernels.ops.w4a16 import native, op, ref
@@ -101,14 +101,15 @@ def test_some_columns(device, rows):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_every_code_and_scale_is_exact(device, dtype):
-    """x picks one column at a time: e2m1 times block scale comes out in full."""
-    codes = torch.arange(16).repeat(127, 1)
+    """x picks one column at a time: e2m1 times block scale comes out in full, negative ones too,
+    which nvfp4_linear takes where it is not asked to read them all first."""
+    codes = torch.arange(16).repeat(254, 1)
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
-    scales = torch.arange(127, dtype=torch.uint8).reshape(127, 1).view(torch.float8_e4m3fn)
-    weight = tile_nvfp4(NVFP4(packed, scales, torch.ones(())))[:3]
+    scales = torch.cat([torch.arange(127), torch.arange(128, 255)]).to(torch.uint8)
+    weight = *ref.tile(packed, scales[:, None]), torch.ones(())
     x = torch.eye(16, dtype=dtype)
-    got = product(device, x, weight, (None,) * 4, "plain", 16, x.new_empty(16, 127))
-    assert torch.equal(got, ref.linear(x, *weight, 127)) and got.abs().max() == 448 * 6
+    got = product(device, x, weight, (None,) * 4, "plain", 16, x.new_empty(16, 254))
+    assert torch.equal(got, ref.linear(x, *weight, 254)) and got.abs().max() == 448 * 6
 
 
 def test_nan_and_infinity_stay_in_their_row(device):
@@ -123,6 +124,29 @@ def test_nan_and_infinity_stay_in_their_row(device):
     weight[1][0, 0, 2, 1] = 0x7F
     got = product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
     assert got[:, 2].isnan().all() and torch.equal(got[:, 3:], clean[:, 3:])
+
+
+def test_nan_passes_the_squared_relu_of_its_token_alone(device):
+    x, offsets = torch.randn(9, 64).to(BF16), torch.tensor([18], dtype=torch.int32)
+    table = torch.arange(18, dtype=torch.int32), offsets, *tiles_of(offsets, 8)
+    x[4] = torch.nan
+    got = product(device, x, random_weight(1, 48, 64), table, "up", 8, x.new_empty(18, 48))
+    assert got[8:10].isnan().all() and got[:8].isfinite().all() and got[10:].isfinite().all()
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("rows", native.ROWS)
+def test_reads_nothing_beyond_its_operands(host_library, rows, edge):
+    """Widths that fill no block of 32, depths that fill no unit of 64, a row more than a tile."""
+    offsets = torch.tensor([0, rows + 1], dtype=torch.int32)
+    route = torch.randperm(rows + 1).int(), offsets, *tiles_of(offsets, rows)
+    for part, table, weight in (
+        ("plain", (None,) * 4, random_weight(40, 80)), ("slots", route, random_weight(2, 40, 80)),
+    ):  # fmt: skip
+        x, *rest = (t if t is None else fenced(t, edge)
+                    for t in (torch.randn(rows + 1, 80).to(BF16), *weight, *table))  # fmt: skip
+        out = fenced(torch.zeros(rows + 1, 40, dtype=BF16), edge)
+        assert native.product(x, *rest, 2, part, rows, out).any()
 
 
 def test_a_route_that_is_none_stays_in_bounds(device):

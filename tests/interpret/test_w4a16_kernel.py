@@ -51,14 +51,15 @@ def test_linear(rows, width, depth, dtype, tile):
 
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_every_code_and_scale_is_exact(dtype):
-    codes = torch.arange(16).repeat(127, 1)
+    """Negative scales too, which nvfp4_linear takes where it is not asked to read them first."""
+    codes = torch.arange(16).repeat(254, 1)
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
-    scales = torch.arange(127, dtype=torch.uint8).reshape(127, 1).view(torch.float8_e4m3fn)
-    weight = tile_nvfp4(NVFP4(packed, scales, torch.ones(())))[:3]
-    x, y = torch.eye(16, dtype=dtype), torch.eye(127, dtype=dtype)
+    scales = torch.cat([torch.arange(127), torch.arange(128, 255)]).to(torch.uint8)
+    weight = *ref.tile(packed, scales[:, None]), torch.ones(())
+    x, y = torch.eye(16, dtype=dtype), torch.eye(254, dtype=dtype)
     large = op.Config("triton", Tile(64, 128, 64, 1, 1))
-    got = kernel.linear(x, *weight, 127, large)
-    assert torch.equal(got, ref.linear(x, *weight, 127)) and got.abs().max() == 448 * 6
+    got = kernel.linear(x, *weight, 254, large)
+    assert torch.equal(got, ref.linear(x, *weight, 254)) and got.abs().max() == 448 * 6
     got = kernel.linear_backward(y, *weight, 16, large)
     assert torch.equal(got, ref.linear_backward(y, *weight, 16))
 
