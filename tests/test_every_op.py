@@ -110,6 +110,36 @@ def test_runs_again_in_the_backward(name):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+def moved(args, ways, step):
+    """The arguments, those that have a gradient moved by so much along ``ways``."""
+    ways = iter(ways)
+
+    def one(t):
+        there = isinstance(t, torch.Tensor) and t.requires_grad
+        return t.detach() + step * next(ways) if there else t
+
+    return tree_map(one, args)
+
+
+# The gradient of a product in FP8 is that of the product of what was quantised.
+@pytest.mark.parametrize("name", [name for name in FORWARDS if name != "fp8_product"])
+def test_every_output_that_asks_for_a_gradient_has_the_right_one(name):
+    """Each by itself, in float64, along one random direction of all inputs that have one."""
+    overload, args, step = OPERATORS[name].overload, with_grad(example(name, torch.float64)), 1e-6
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    asking = {i: out for i, out in enumerate(tensors(overload(*args))) if out.requires_grad}
+    assert asking
+    for i, out in asking.items():
+        dy = torch.randn_like(out)
+        grads = torch.autograd.grad(out, leaves, dy, allow_unused=True, retain_graph=True)
+        ways = [torch.randn_like(t) if g is not None else torch.zeros_like(t)
+                for t, g in zip(leaves, grads)]  # fmt: skip
+        ends = [tensors(overload(*moved(args, ways, s)))[i] for s in (step, -step)]
+        want = ((ends[0] - ends[1]) * dy).sum() / (2 * step)
+        got = sum((g * way).sum() for g, way in zip(grads, ways) if g is not None)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", FORWARDS)
 def test_double_backward_raises(name):
     args = with_grad(example(name))
