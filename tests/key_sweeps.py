@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nemokernels.ops.ssd.op import SEGMENT
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -36,6 +38,15 @@ def ints(*shape):
 
 def heads(*tensors, width=16):
     return [t.unflatten(-1, (-1, width)) for t in tensors]
+
+
+def ssd_of_segments(call, rows, tokens, slices):
+    """A sequence so long that several programs share it: up to 16 segments."""
+    tokens = SEGMENT * max(rows, 2) - tokens
+    x, B, C, dt = slices((1, tokens), 32, 16, 16, 2)
+    (x,), (B, C), one = heads(x), heads(B, C), zeros(2)
+    call("ssd_chunk_scan", x, dt, one, B, C, one, None, one, None, None, None, 64, True, 0.0, 1.0,
+         None)  # fmt: skip
 
 
 def relu2(call, rows, tokens, slices):
@@ -118,6 +129,7 @@ def fp8(call, rows, tokens, slices, transpose=False):
     codes, *_ = call("quantize_fp8", x, one, one, format, False, True, transpose)
     call("fp8_current_scale", x, format, False)
     call("dequantize_fp8", codes.view(torch.uint8), one, format, torch.bfloat16)
+    call("delayed_scaling_update", [one], [zeros(4, 1)], one, [448.0], False)
 
 
 def fp8_norms(call, rows, tokens, slices, transpose=False):
@@ -200,6 +212,7 @@ def w4a16(call, rows, tokens, slices):
 
 
 SWEEPS = (
+    Sweep(ssd_of_segments),
     Sweep(relu2),
     Sweep(
         attention,

@@ -1,6 +1,8 @@
 """A new length compiles nothing: what Triton would compile, counted for random problems."""
 
 import collections
+import importlib
+from pathlib import Path
 
 import fuzz
 import key_sweeps
@@ -9,7 +11,9 @@ import torch
 import triton_compile
 import triton_keys
 from fuzz_draw import Draw
+from triton.runtime.jit import JITFunction
 
+import nemokernels
 from nemokernels import _tl, _triton
 from nemokernels._registry import FAMILIES
 
@@ -103,6 +107,22 @@ def test_a_model_compiles_a_kernel_for_all_lengths(sweep):
             for kernel, keys in sweep_keys(sweep, options, after, apart).items():
                 more = len(keys - longer[kernel])
                 assert more <= 2 * sweep.allows(kernel), f"{kernel} {triton_keys.differ(keys)}"
+
+
+def test_no_kernel_is_left_out():
+    """Every kernel of an op is launched by a sweep or a random problem."""
+    kernels, launched = set(), set()
+    for path in Path(nemokernels.__file__).parent.glob("ops/*/kernel*.py"):
+        module = importlib.import_module(f"nemokernels.ops.{path.parent.name}.{path.stem}")
+        kernels |= {name for name, value in vars(module).items()
+                    if isinstance(value, JITFunction) and name.endswith("_kernel")}  # fmt: skip
+    for sweep in key_sweeps.SWEEPS:
+        for options in sweep.options:
+            launched |= sweep_keys(sweep, options, None, (96,)).keys()
+    for fuzzed in fuzz.FUZZED:
+        for which in range(len(fuzzed.specialisations)):
+            launched |= count(fuzzed, which, OfLength, 2).keys()
+    assert len(kernels) > 50 and not kernels - launched
 
 
 def test_counted_is_what_is_compiled():
