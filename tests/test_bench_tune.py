@@ -17,6 +17,7 @@ from nemokernels.bench import check, commands, machine, plans, tune
 from nemokernels.bench.rows import Subject
 from nemokernels.ops.moe_experts import op as moe
 from nemokernels.ops.relu2.op import Config as Relu2Config
+from nemokernels.ops.w4a16 import op as w4a16
 
 TUNABLE = ("ssd", "state_update", "moe_experts", "rms_norm")
 CARD = "NVIDIA H100 80GB HBM3"
@@ -81,6 +82,17 @@ def test_candidates_differ_from_the_plan_in_fields_json_can_hold(op, backward):
         assert config.backend in FAMILIES[op].backends
         fields = json.loads(json.dumps(_tuned.difference(planned, config)))
         assert _tuned.changed(planned, fields) == config
+
+
+def test_candidates_of_weights_in_nvfp4():
+    planned = w4a16.Config("csrc", w4a16.Tile(32, 32, 64, 4, 2))
+    found = list(w4a16.candidates(planned, False))
+    assert {c.tile.rows for c in found if c.backend == "csrc"} == {8, 16, 32, 256}
+    assert any(c.backend == "triton" and c.tile.columns == 64 for c in found)
+    for config in found:
+        fields = json.loads(json.dumps(_tuned.difference(planned, config)))
+        assert _tuned.changed(planned, fields) == config
+    assert not list(w4a16.candidates(planned, True))
 
 
 def test_a_swapped_tile_keeps_its_rows():

@@ -75,6 +75,21 @@ def test_w4a16_multiplies_on_tensor_cores(build_cache, dtype):
 
 
 @needs_nvcc
+@pytest.mark.parametrize("dtype, kind", [("bf16", r"\.F32\.BF16"), ("fp16", r"\.F32")])
+def test_wide_w4a16_multiplies_from_registers(build_cache, dtype, kind):
+    """By warpgroups, 256 rows of x or 128; results are turned without shared memory."""
+    functions = functions_of(f"w4a16_wide_{dtype}.cu")
+    assert len(functions) == 3  # plain, up, slots
+    for code in functions:
+        for columns in (128, 256):  # the left operand is a register
+            product = rf"HGMMA\.64x{columns}x16{kind} R\d+, R\d+, gdesc"
+            assert len(re.findall(product, code)) == 4
+        for word in ("USETMAXREG", "UBLKCP", "MOVM.16.MT88", "HMUL2", "STG.E.128"):
+            assert word in code, word
+    assert not re.search(r"C75\d\d", compiled(f"w4a16_wide_{dtype}.cu")[1])
+
+
+@needs_nvcc
 @pytest.mark.parametrize("dtype, kernels, product", [
     ("bf16", 11, r"HGMMA\.64x{}x16\.F32\.BF16 "), ("fp16", 11, r"HGMMA\.64x{}x16\.F32 "),
     ("e4m3", 4, r"QGMMA\.64x{}x32\.F32\.E4M3\.E4M3 "),

@@ -100,42 +100,43 @@ def test_some_columns(device, rows):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_every_code_and_scale_is_exact(device, dtype):
+def test_every_code_and_scale_is_exact(device, dtype, rows=16):
     """x picks one column at a time: e2m1 times block scale comes out in full, negative ones too,
     which nvfp4_linear takes where it is not asked to read them all first."""
-    codes = torch.arange(16).repeat(254, 1)
+    codes = torch.arange(16).repeat(256, 1)
     packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
-    scales = torch.cat([torch.arange(127), torch.arange(128, 255)]).to(torch.uint8)
+    scales = torch.arange(256, dtype=torch.uint8)
+    scales[[127, 255]] = 0  # would be NaN
     weight = *ref.tile(packed, scales[:, None]), torch.ones(())
     x = torch.eye(16, dtype=dtype)
-    got = product(device, x, weight, (None,) * 4, "plain", 16, x.new_empty(16, 254))
-    assert torch.equal(got, ref.linear(x, *weight, 254)) and got.abs().max() == 448 * 6
+    got = product(device, x, weight, (None,) * 4, "plain", rows, x.new_empty(16, 256))
+    assert torch.equal(got, ref.linear(x, *weight, 256)) and got.abs().max() == 448 * 6
 
 
-def test_nan_and_infinity_stay_in_their_row(device):
+def test_nan_and_infinity_stay_in_their_row(device, rows=8):
     weight, x = random_weight(48, 128), torch.randn(9, 128).to(BF16)
-    clean = product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
+    clean = product(device, x, weight, (None,) * 4, "plain", rows, x.new_empty(9, 48))
     for value in (torch.nan, torch.inf):
         bad = x.clone()
         bad[4] = value
-        got = product(device, bad, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
+        got = product(device, bad, weight, (None,) * 4, "plain", rows, x.new_empty(9, 48))
         assert not got[4].isfinite().any() and torch.equal(got[:4], clean[:4])
         assert torch.equal(got[5:], clean[5:])
     weight[1][0, 0, 2, 1] = 0x7F
-    got = product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(9, 48))
+    got = product(device, x, weight, (None,) * 4, "plain", rows, x.new_empty(9, 48))
     assert got[:, 2].isnan().all() and torch.equal(got[:, 3:], clean[:, 3:])
 
 
-def test_nan_passes_the_squared_relu_of_its_token_alone(device):
+def test_nan_passes_the_squared_relu_of_its_token_alone(device, rows=8):
     x, offsets = torch.randn(9, 64).to(BF16), torch.tensor([18], dtype=torch.int32)
-    table = torch.arange(18, dtype=torch.int32), offsets, *tiles_of(offsets, 8)
+    table = torch.arange(18, dtype=torch.int32), offsets, *tiles_of(offsets, rows)
     x[4] = torch.nan
-    got = product(device, x, random_weight(1, 48, 64), table, "up", 8, x.new_empty(18, 48))
+    got = product(device, x, random_weight(1, 48, 64), table, "up", rows, x.new_empty(18, 48))
     assert got[8:10].isnan().all() and got[:8].isfinite().all() and got[10:].isfinite().all()
 
 
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("rows", native.ROWS)
+@pytest.mark.parametrize("rows", (*native.ROWS, native.WIDE))
 def test_reads_nothing_beyond_its_operands(host_library, rows, edge):
     """Widths that fill no block of 32, depths that fill no unit of 64, a row more than a tile."""
     offsets = torch.tensor([0, rows + 1], dtype=torch.int32)
@@ -149,7 +150,7 @@ def test_reads_nothing_beyond_its_operands(host_library, rows, edge):
         assert native.product(x, *rest, 2, part, rows, out).any()
 
 
-def test_a_route_that_is_none_stays_in_bounds(device):
+def test_a_route_that_is_none_stays_in_bounds(device, rows=8):
     """Slots and experts out of range, offsets behind the end: nothing is read or written there."""
     weight, x = random_weight(2, 32, 64), torch.randn(4, 64).to(BF16)
     order = torch.tensor([0, -7, 99, 3], dtype=torch.int32)
@@ -160,13 +161,13 @@ def test_a_route_that_is_none_stays_in_bounds(device):
         weight, table = ([fenced(t, "behind") for t in parts] for parts in (weight, table))
     for part in ("up", "slots"):
         out = torch.full((4, 32), -5.0, dtype=BF16)
-        got = product(device, x, weight, (order, offsets, *table), part, 8, out)
+        got = product(device, x, weight, (order, offsets, *table), part, rows, out)
         assert (got[[1, 2]] == -5).all() and (got[[0, 3]] != -5).any(1).all()
 
 
-def test_strided_rows_and_repeats(device):
+def test_strided_rows_and_repeats(device, rows=8):
     weight, x = random_weight(40, 96), torch.randn(12, 96).to(BF16)
-    run = lambda t: product(device, t, weight, (None,) * 4, "plain", 8, t.new_empty(12, 40))  # noqa: E731
+    run = lambda t: product(device, t, weight, (None,) * 4, "plain", rows, t.new_empty(12, 40))  # noqa: E731
     want = run(x)
     assert torch.equal(run(torch.cat([x, x], 1)[:, :96]), want) and torch.equal(run(x), want)
 
@@ -180,6 +181,53 @@ def test_refused(device, x, message):
     weight = random_weight(16, 64)
     with pytest.raises(RuntimeError, match=message):
         product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(3, 16))
+
+
+# 256 rows per block
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("width, depth", [(32, 64), (16, 16), (136, 304), (264, 528)])
+def test_wide_linear(hopper_device, dtype, width, depth):
+    """More stages than the ring has, more tiles than blocks, tiles that are half full or less."""
+    weight = random_weight(width, depth)
+    for tokens in (1, 128, 129, 300):
+        x = (torch.randn(tokens, depth) / 64).to(dtype)
+        args = weight, (None,) * 4, "plain", native.WIDE, x.new_empty(tokens, width)
+        got = product(hopper_device, x, *args)
+        low, exact = (ref.linear(t, *weight, width) for t in (x, x.double()))
+        testing.assert_matches(got, exact, low)
+        assert torch.equal(product(hopper_device, x, *args), got)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("tokens, spread", [
+    (1, "random"), (7, "random"), (150, "random"), (64, "one expert"), (129, "one expert"),
+    (300, "one expert"),
+])  # fmt: skip
+def test_wide_experts(hopper_device, dtype, tokens, spread):
+    test_experts(hopper_device, dtype, native.WIDE, tokens, spread)
+
+
+def test_wide_columns_rows_and_routes(hopper_device):
+    for rows in (native.ROWS[0], native.WIDE):
+        test_every_code_and_scale_is_exact(hopper_device, BF16, rows)
+    test_some_columns(hopper_device, native.WIDE)
+    test_strided_rows_and_repeats(hopper_device, native.WIDE)
+    test_a_route_that_is_none_stays_in_bounds(hopper_device, native.WIDE)
+
+
+def test_wide_nan_and_infinity(hopper_device):
+    test_nan_and_infinity_stay_in_their_row(hopper_device, native.WIDE)
+    test_nan_passes_the_squared_relu_of_its_token_alone(hopper_device, native.WIDE)
+
+
+def test_wide_is_refused(hopper_device):
+    x = torch.randn(3, 64).to(BF16)
+    for width, message in ((33, "rows of the result aligned"), (0, "something to multiply")):
+        args = random_weight(width, 64), (None,) * 4, "plain", native.WIDE
+        with pytest.raises(RuntimeError, match=message):
+            product(hopper_device, x, *args, x.new_empty(3, width))
 
 
 def test_plan():

@@ -52,19 +52,10 @@ struct ProductKernel {
     return p.tiles * ceil_div(p.columns, kColumns);
   }
 
-  // Which stage is next, and the parity of its barriers' phase.
-  struct Turn {
-    int stage = 0, parity = 0;
-
-    NEMO_DEVICE void next() {
-      if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-  };
-
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
     // A thread copies piece t % 8 of rows t / 8, t / 8 + 16, ...
     constexpr int kPieces = kBoxBytes / 16, kApart = kWarpgroup / kPieces, kEach = kRows / kApart;
-    Turn turn, copied;
+    Turn<kStages> turn, copied;
     int under_way = 0;
     for (int64_t index = block; index < places(p); index += blocks) {
       const Place at = place(p, index, kColumns);
@@ -117,7 +108,7 @@ struct ProductKernel {
     }
   }
 
-  static NEMO_DEVICE void hand_over(Turn& copied, Shared& shared) {
+  static NEMO_DEVICE void hand_over(Turn<kStages>& copied, Shared& shared) {
     publish_stores();
     each_thread([&](int) { shared.full[copied.stage].arrive(); });
     copied.next();
@@ -141,7 +132,7 @@ struct ProductKernel {
 
   static NEMO_DEVICE void multiply_all(const Params& p, int64_t block, int64_t blocks, int group,
                                        Shared& shared) {
-    Turn turn;
+    Turn<kStages> turn;
     for (int64_t index = block; index < places(p); index += blocks) {
       Place at = place(p, index, kColumns);
       if (!at.has_rows()) continue;
@@ -159,8 +150,8 @@ struct ProductKernel {
     }
   }
 
-  static NEMO_DEVICE void multiply_tile(const Params& p, Turn& turn, int group, Shared& shared,
-                                        PerThread<Sums<kColumns>>& sums) {
+  static NEMO_DEVICE void multiply_tile(const Params& p, Turn<kStages>& turn, int group,
+                                        Shared& shared, PerThread<Sums<kColumns>>& sums) {
     if constexpr (sizeof(T) == 1) {
       // Products of E4M3 keep 14 bits of a sum: every stage is added in float32. Meanwhile the
       // other warpgroup multiplies.

@@ -7,26 +7,6 @@
 
 namespace nemo::moe_experts {
 
-// Value i of thread j of four becomes value j of thread i.
-NEMO_DEVICE void transpose(PerThread<uint32_t> (&value)[4]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      PerThread<uint32_t> sent;
-      each_thread([&](int t) { sent[t] = t & bit ? value[i][t] : value[i + bit][t]; });
-      exchange(sent, bit);
-      each_thread([&](int t) { (t & bit ? value[i][t] : value[i + bit][t]) = sent[t]; });
-    }
-  }
-}
-
-NEMO_DEVICE float squared_relu(float v) {
-  v = v < 0.0f ? 0.0f : v;  // NaN stays
-  return v * v;
-}
-
 template <class T, int kColumns, Part kPart>
 struct Store {
   static constexpr bool kScaled = std::is_same_v<T, e4m3>;
@@ -76,8 +56,8 @@ struct Store {
           if (!is_stored(p, at, row[t], column)) return;
           uint32_t out[] = {word[0][t], word[1][t], word[2][t], word[3][t]};
           if constexpr (sizeof(Out) == 1) unravel(out);
-          store_packed(static_cast<Out*>(p.out) + row[t].start + column,
-                       Vec<Out, kPiece>{out[0], out[1], out[2], out[3]});
+          store_words(static_cast<Out*>(p.out) + row[t].start + column, out[0], out[1], out[2],
+                      out[3]);
         });
       }
       if constexpr (kPart == Part::kDHidden) store_partial(p, at, row, dweight);

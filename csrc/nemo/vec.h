@@ -81,24 +81,31 @@ NEMO_HD Vec<T, kVec> load_vec(const T* p, int valid) {
   return out;
 }
 
-template <class T, int kVec>
-NEMO_HD void store_packed(T* p, const Vec<T, kVec>& out) {
+// Four words as one access, which the compiler takes apart where they come from shuffles.
+NEMO_HD void store_words(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 #ifdef __CUDA_ARCH__
-  if constexpr (sizeof out == 16) {
-    *reinterpret_cast<uint4*>(p) = {out.word[0], out.word[1], out.word[2], out.word[3]};
-  } else {
-    *reinterpret_cast<uint2*>(p) = {out.word[0], out.word[1]};
-  }
+  __stwb(static_cast<uint4*>(p), make_uint4(a, b, c, d));
 #else
-  check_aligned(p, sizeof out);
-  std::memcpy(p, &out, sizeof out);
+  const uint32_t words[] = {a, b, c, d};
+  check_aligned(p, sizeof words);
+  std::memcpy(p, words, sizeof words);
 #endif
 }
 
 template <bool kAligned, int kVec, class T>
 NEMO_HD void store_vec(T* p, const float (&values)[kVec], int valid) {
   if constexpr (kAligned) {
-    store_packed(p, from_floats<T>(values));
+    const Vec<T, kVec> out = from_floats<T>(values);
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof out == 16) {
+      *reinterpret_cast<uint4*>(p) = {out.word[0], out.word[1], out.word[2], out.word[3]};
+    } else {
+      *reinterpret_cast<uint2*>(p) = {out.word[0], out.word[1]};
+    }
+#else
+    check_aligned(p, sizeof out);
+    std::memcpy(p, &out, sizeof out);
+#endif
   } else {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {

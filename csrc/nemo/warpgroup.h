@@ -49,6 +49,16 @@ struct Sums {
   float value[kColumns / 2];
 };
 
+// Which of kStages comes next, and the parity of its barriers' phase.
+template <int kStages>
+struct Turn {
+  int stage = 0, parity = 0;
+
+  NEMO_DEVICE void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
 // Where a product reads an operand in shared memory, in lines of 128 bytes as TensorMap lays them.
 // Along the depth: a line is 64 of it for one row. Across: a line is 64 rows at one depth, and
 // `apart` bytes lie between blocks of 64 rows.
@@ -145,6 +155,18 @@ NEMO_DEVICE void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+// 16 bytes or a multiple; they are delivered to the barrier.
+NEMO_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory");
+}
+
+// Element (i, j) of a block whose thread 4 i + j / 2 of a warp holds pairs of 16 bits becomes (j, i).
+NEMO_DEVICE void turn_8_by_8(PerThread<uint32_t>& value) {
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(value.value));
+}
+
 // The value of the thread whose number differs in these bits, below 32.
 NEMO_DEVICE void exchange(PerThread<uint32_t>& value, int bits) {
   value.value = __shfl_xor_sync(0xFFFFFFFFu, value.value, bits);
@@ -184,4 +206,32 @@ void launch_warpgroups(const typename Kernel::Params& params, int64_t most, Stre
 #endif  // __CUDACC__
 #else
 #include "nemo/warpgroup_host.h"
+#endif
+
+#if defined(__CUDACC__) || !defined(USE_CUDA)
+
+namespace nemo {
+
+// Value i of thread j of four becomes value j of thread i.
+NEMO_DEVICE void transpose(PerThread<uint32_t> (&value)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      PerThread<uint32_t> sent;
+      each_thread([&](int t) { sent[t] = t & bit ? value[i][t] : value[i + bit][t]; });
+      exchange(sent, bit);
+      each_thread([&](int t) { (t & bit ? value[i][t] : value[i + bit][t]) = sent[t]; });
+    }
+  }
+}
+
+NEMO_DEVICE float squared_relu(float v) {
+  v = v < 0.0f ? 0.0f : v;  // NaN stays
+  return v * v;
+}
+
+}  // namespace nemo
+
 #endif

@@ -108,6 +108,14 @@ inline void load_box(void* to, const TensorMap& map, Barrier& barrier, int x, in
   barrier.deliver(kBoxBytes * map.lines);
 }
 
+inline void copy_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
+  check_aligned(from, 16);
+  check_aligned(to, 16);
+  require(bytes % 16 == 0, "bulk copies move multiples of 16 bytes");
+  std::memcpy(to, from, bytes);
+  barrier.deliver(bytes);
+}
+
 inline void copy_16(void* to, const void* from, bool inside) {
   if (inside) check_aligned(from, 16);
   check_aligned(to, 16);
@@ -157,15 +165,16 @@ float element(uint64_t operand, int row, int k) {
   return to_float(value);
 }
 
-template <class T, bool kAcross, int kColumns>
-void multiply(PerThread<Sums<kColumns>>& sums, uint64_t left, uint64_t right, bool adds) {
+// sums (64, kColumns) of element a(row, k) times the elements of b.
+template <class T, bool kAcross, int kColumns, class A, class S>
+void ask_for_product(S& sums, A a, uint64_t right, bool adds) {
   Asked& asked = Asked::here();
   require(asked.begun, "a product was asked for before begin_products");
-  asked.products.push_back([&sums, left, right, adds] {
+  asked.products.push_back([&sums, a, right, adds] {
     constexpr int kDepth = kProductBytes / int(sizeof(T));
-    static thread_local float a[64][kDepth], b[256][kDepth];
+    static thread_local float left[64][kDepth], b[256][kDepth];
     for (int k = 0; k < kDepth; ++k) {
-      for (int row = 0; row < 64; ++row) a[row][k] = element<T, false>(left, row, k);
+      for (int row = 0; row < 64; ++row) left[row][k] = a(row, k);
       for (int c = 0; c < kColumns; ++c) b[c][k] = element<T, kAcross>(right, c, k);
     }
     for (int row = 0; row < 64; ++row) {
@@ -173,11 +182,42 @@ void multiply(PerThread<Sums<kColumns>>& sums, uint64_t left, uint64_t right, bo
         const int thread = row / 16 * 32 + row % 8 * 4 + c % 8 / 2;
         float& sum = sums[thread].value[c / 8 * 4 + row % 16 / 8 * 2 + c % 2];
         float total = adds ? sum : 0.0f;
-        for (int k = 0; k < kDepth; ++k) total += a[row][k] * b[c][k];
+        for (int k = 0; k < kDepth; ++k) total += left[row][k] * b[c][k];
         sum = total;
       }
     }
   });
+}
+
+template <class T, bool kAcross, int kColumns>
+void multiply(PerThread<Sums<kColumns>>& sums, uint64_t left, uint64_t right, bool adds) {
+  ask_for_product<T, kAcross, kColumns>(
+      sums, [left](int row, int k) { return element<T, false>(left, row, k); }, right, adds);
+}
+
+template <class T, int kColumns, int kMost>
+void multiply(PerThread<Sums<kMost>>& sums, PerThread<FragmentA>& left, uint64_t right, bool adds) {
+  ask_for_product<T, false, kColumns>(
+      sums,
+      [&left](int row, int k) {
+        const uint32_t pair = left[row / 16 * 32 + row % 8 * 4 + k % 8 / 2]
+                                  .pair[k / 8 * 2 + row % 16 / 8];
+        return k % 2 ? high_half<T>(pair) : low_half<T>(pair);
+      },
+      right, adds);
+}
+
+inline void turn_8_by_8(PerThread<uint32_t>& value) {
+  const PerThread<uint32_t> before = value;
+  for (int thread = 0; thread < kWarpgroup; ++thread) {
+    const int row = thread % kLanes / 4, column = thread % 4 * 2, warp = thread / kLanes * kLanes;
+    uint32_t out = 0;
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t pair = before.value[warp + (column + i) * 4 + row / 2];
+      out |= (row % 2 ? pair >> 16 : pair & 0xFFFF) << 16 * i;
+    }
+    value[thread] = out;
+  }
 }
 
 inline void exchange(PerThread<uint32_t>& value, int bits) {

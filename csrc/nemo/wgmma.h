@@ -44,6 +44,13 @@
                ", p, 1, 1" axes "; }"                                                              \
                : places                                                                            \
                : "l"(left), "l"(right), "r"(int(adds)) __VA_OPT__(,) __VA_ARGS__)
+#define NEMO_WGMMA_A(shape, registers, places, a, b, add)                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " add                                               \
+               ", 0; wgmma.mma_async.sync.aligned.m64" shape " {" registers "}, {" a "}, " b       \
+               ", p, 1, 1, 0; }"                                                                   \
+               : places                                                                            \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),               \
+                 "r"(int(adds)))
 #define NEMO_WGMMA_HALVES(type)                                                                    \
   if constexpr (kColumns == 192) {                                                                 \
     NEMO_WGMMA("n192" type, NEMO_R96, NEMO_D96, "%96", "%97", "%98", ", 0, %99", "n"(kAxis));      \
@@ -79,9 +86,31 @@ NEMO_DEVICE void multiply(PerThread<Sums<kColumns>>& sums, uint64_t left, uint64
   }
 }
 
+// The same with a in registers, and of the sums' columns the first kColumns.
+template <class T, int kColumns, int kMost>
+NEMO_DEVICE void multiply(PerThread<Sums<kMost>>& sums, PerThread<FragmentA>& a, uint64_t right,
+                          bool adds) {
+  float* d = sums.value.value;
+  const uint32_t* left = a.value.pair;
+  if constexpr (std::is_same_v<T, bf16> && kColumns == 128) {
+    NEMO_WGMMA_A("n128k16.f32.bf16.bf16", NEMO_R64, NEMO_D64, "%64, %65, %66, %67", "%68", "%69");
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    static_assert(kColumns == 256);
+    NEMO_WGMMA_A("n256k16.f32.bf16.bf16", NEMO_R128, NEMO_D128, "%128, %129, %130, %131", "%132",
+                 "%133");
+  } else if constexpr (kColumns == 128) {
+    NEMO_WGMMA_A("n128k16.f32.f16.f16", NEMO_R64, NEMO_D64, "%64, %65, %66, %67", "%68", "%69");
+  } else {
+    static_assert(kColumns == 256);
+    NEMO_WGMMA_A("n256k16.f32.f16.f16", NEMO_R128, NEMO_D128, "%128, %129, %130, %131", "%132",
+                 "%133");
+  }
+}
+
 }  // namespace nemo
 
 #undef NEMO_WGMMA_HALVES
+#undef NEMO_WGMMA_A
 #undef NEMO_WGMMA
 #undef NEMO_D128
 #undef NEMO_D116

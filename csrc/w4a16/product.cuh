@@ -2,15 +2,11 @@
 // of the weight in turn; a lane owns a row of x and a block of 16 weights in two rows, so that it
 // needs two block scales per unit and its share of x is 32 neighbouring bytes.
 //
-// E2M1's magnitude bits become the low exponent bits and the leading significand bit of a 16-bit
-// float. That value is 2^-126 (bfloat16) or 2^-14 (float16) too small; the block scale is multiplied
-// by 2^119 or 2^7 first, and the 2^7 that are left join the global scale. Every factor and product
-// is exact. The order of k inside a matrix product is free, and here is that of the nibbles.
+// The order of k inside a matrix product is free, and here is that of the nibbles.
 #pragma once
 
 #include "nemo/vec.h"
-#include "nemo/warp.h"
-#include "w4a16/w4a16.h"
+#include "w4a16/weights.cuh"
 
 namespace nemo::w4a16 {
 
@@ -27,31 +23,6 @@ struct ProductKernel {
     float sum[kWarps][16 * kRowTiles][kColumns + 1];
   };
 
-  // Where a block works; expert < 0: nowhere.
-  struct Place {
-    int64_t expert, first, end, row_block;
-  };
-
-  static NEMO_HD Place place(const Params& p, int64_t block) {
-    const int64_t row_blocks = ceil_div(p.width, 16 * kRowTiles), tile = block / row_blocks;
-    Place at{0, tile * kColumns, p.rows, block % row_blocks};
-    if (p.part != Part::kPlain) {
-      at.expert = p.tile_expert[tile];
-      if (at.expert < 0 || at.expert >= p.experts) return {-1, 0, 0, 0};
-      at.first = p.tile_row[tile];
-      at.end = smaller<int64_t>(p.offsets[at.expert], p.rows);
-    }
-    return at;
-  }
-
-  // The slot of a row; -1 where it has none.
-  static NEMO_HD int64_t slot_of(const Params& p, const Place& at, int64_t row) {
-    if (row < 0 || row >= at.end) return -1;
-    if (p.part == Part::kPlain) return row;
-    const int64_t slot = p.order[row];
-    return slot < p.rows ? slot : -1;
-  }
-
   struct Words {
     uint32_t x, y;
   };
@@ -63,7 +34,7 @@ struct ProductKernel {
   };
 
   static NEMO_HD void walk(const Params& p, int64_t block, int thread, Shared& shared) {
-    const Place at = place(p, block);
+    const Place at = place<kColumns, 16 * kRowTiles>(p, block);
     if (at.expert < 0 || !leads_warp(thread)) return;
     const int warp = thread / kLanes, depth = int(p.depth), units = int(ceil_div(p.depth, 64));
     const int64_t first_tile = p.first_tile + at.row_block * kRowTiles;
@@ -155,9 +126,9 @@ struct ProductKernel {
 
   // The warps' sums, added in order; scale, epilogue, one cast.
   static NEMO_HD void finish(const Params& p, int64_t block, int thread, Shared& shared) {
-    const Place at = place(p, block);
+    const Place at = place<kColumns, 16 * kRowTiles>(p, block);
     if (at.expert < 0) return;
-    const float scale = p.global_scale[at.expert] * 128.0f;
+    const float scale = p.global_scale[at.expert] * kLeftOver;
 #pragma unroll
     for (int i = thread; i < 16 * kRowTiles * kColumns; i += kThreads) {
       const int r = i % (16 * kRowTiles), c = i / (16 * kRowTiles);
@@ -204,11 +175,11 @@ struct ProductKernel {
     FragmentA out;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float s = to_float(e4m3{uint8_t(scales >> 8 * h)}) * (kBrain ? 0x1p119f : 0x1p7f);
-      const uint32_t scale = pack_halves<T>(s, s), word = step < 2 ? codes[h].x : codes[h].y;
+      const uint32_t scale = block_scale<T>(scales >> 8 * h);
+      const uint32_t word = step < 2 ? codes[h].x : codes[h].y;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        out.pair[2 * i + h] = multiply_halves<T>(widened(word, 2 * (step % 2) + i), scale);
+        out.pair[2 * i + h] = multiply_halves<T>(widened<T>(word, 2 * (step % 2) + i), scale);
       }
     }
     return out;
@@ -223,17 +194,6 @@ struct ProductKernel {
       out.pair[i] = step % 2 ? a >> 16 | (b & 0xFFFF0000u) : (a & 0xFFFFu) | b << 16;
     }
     return out;
-  }
-
-  static constexpr bool kBrain = std::is_same_v<T, bf16>;
-
-  // Nibbles i and i + 4 of a word as 16-bit floats, too small by the power of two above.
-  static NEMO_HD uint32_t widened(uint32_t word, int i) {
-    constexpr int kTop = kBrain ? 8 : 11;  // where the magnitude's highest bit goes
-    constexpr uint32_t kMagnitude = kBrain ? 0x01C001C0u : 0x0E000E00u;
-    const int up = kTop - (4 * i + 2);
-    return (word << (12 - 4 * i) & 0x80008000u) |
-           ((up >= 0 ? word << up : word >> -up) & kMagnitude);
   }
 };
 

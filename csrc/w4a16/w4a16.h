@@ -5,7 +5,7 @@
 // elements byte i holds element i in its low and element i + 8 in its high nibble.
 #pragma once
 
-#include "nemo/launch.h"
+#include "nemo/tensor_map.h"
 
 namespace nemo::w4a16 {
 
@@ -30,10 +30,17 @@ struct Product {
   const int32_t *order, *offsets, *tile_expert, *tile_row;
   int64_t experts, tiles;
   int64_t top_k;
+
+  TensorMap x_map;  // of run_wide
 };
 
 // T is nemo::bf16 or nemo::fp16; kColumns rows of x per block: 8, 16 or 32.
 template <class T, int kColumns>
 void run_product(const Product&, Stream);
+
+// The same for kWide rows of x per block, on sm_90 alone. Returns why not, or null.
+inline constexpr int kWide = 256;
+template <class T, Part kPart>
+const char* run_wide(Product&, Stream);
 
 }  // namespace nemo::w4a16

@@ -15,6 +15,16 @@ const uint8_t* bytes(const Tensor& t) {
   return static_cast<const uint8_t*>(t.data_ptr());
 }
 
+template <class T>
+const char* run_wide_part(Product& p, const OnDevice& device) {
+  if (p.rows == 0 || p.width == 0 || p.depth == 0) return "expected something to multiply";
+  switch (p.part) {
+    case Part::kPlain: return run_wide<T, Part::kPlain>(p, device.stream());
+    case Part::kUp: return run_wide<T, Part::kUp>(p, device.stream());
+    default: return run_wide<T, Part::kSlots>(p, device.stream());
+  }
+}
+
 void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optional order,
              Optional offsets, Optional tile_expert, Optional tile_row, int64_t top_k, int64_t part,
              int64_t rows, int64_t first, Tensor out) {
@@ -53,15 +63,29 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_row % 8 == 0 &&
                       p.depth % 16 == 0 && (x.stride(1) == 1 || p.depth <= 1),
                   "expected rows of x aligned to 16 bytes");
+  const bool brain = x.scalar_type() == ScalarType::BFloat16;
+  if (rows == kWide) {
+    STD_TORCH_CHECK(brain || x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
+    STD_TORCH_CHECK(p.width % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
+                        reinterpret_cast<uintptr_t>(p.codes) % 16 == 0 &&
+                        reinterpret_cast<uintptr_t>(p.scales) % 16 == 0,
+                    "expected codes, scales and rows of the result aligned to 16 bytes");
+    constexpr int64_t kMost = int64_t{1} << 31;
+    STD_TORCH_CHECK(p.rows < kMost && p.depth < kMost, "expected fewer elements");
+    const char* refused = brain ? run_wide_part<bf16>(p, device) : run_wide_part<fp16>(p, device);
+    STD_TORCH_CHECK(refused == nullptr, refused ? refused : "");
+    device.check();
+    return;
+  }
   const bool known = static_switch<8, 16, 32>(int(rows), [&](auto columns) {
-    if (x.scalar_type() == ScalarType::BFloat16) {
+    if (brain) {
       run_product<bf16, columns>(p, device.stream());
     } else {
       STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
       run_product<fp16, columns>(p, device.stream());
     }
   });
-  STD_TORCH_CHECK(known, "expected 8, 16 or 32 rows per block, got ", rows);
+  STD_TORCH_CHECK(known, "expected 8, 16, 32 or 256 rows per block, got ", rows);
   device.check();
 }
 

@@ -1,12 +1,14 @@
 """The Triton kernels of w4a16, interpreted, against the reference."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from nemokernels import NVFP4, testing, tile_nvfp4
 from nemokernels.ops.moe_experts.op import Tile
 from nemokernels.ops.moe_route import ref as route
-from nemokernels.ops.w4a16 import kernel, op, ref
+from nemokernels.ops.w4a16 import kernel, native, op, ref
 
 F32, F16 = torch.float32, torch.float16
 TILES = {
@@ -174,3 +176,35 @@ def test_passes_over_columns_have_the_same_bits():
         for most in (18 * 16 * 4, 2**40)  # 16 columns at a time, or all
     )
     assert torch.equal(few, every) and few.any()
+
+
+@pytest.mark.parametrize("most", [1, 2**40])
+def test_wide_products_of_csrc(host_library, most):
+    """The table of tiles and the sums over slots are Triton's."""
+    wide = op.Config("csrc", Tile(native.WIDE, 128, 64, 4, 2), slot_bytes=most)
+    args = make(150, 4, 2, 272, 48, F16)
+    got = kernel.experts(*args, config=wide)
+    exact = ref.experts(*testing.to_double(args[:1]), *args[1:8], args[8].double(), *args[9:])
+    testing.assert_matches(got, exact, ref.experts(*args))
+    x, weight = torch.randn(2, 130, 80).half(), quantized(24, 80)
+    got = kernel.linear(x, *weight, 24, wide)
+    testing.assert_matches(got, ref.linear(x.double(), *weight, 24), ref.linear(x, *weight, 24))
+
+
+def test_a_table_that_names_what_cannot_run(monkeypatch):
+    x, weight = torch.randn(40, 80).half(), quantized(24, 80)
+    tile = Tile(native.WIDE, 128, 64, 4, 2)
+    table = lambda *a: dataclasses.replace(a[-1], backend="csrc", tile=tile)  # noqa: E731
+    monkeypatch.setattr(op._tuned, "tuned", table)
+
+    def rows(columns=24, depth=80, backends=("csrc", "triton"), capability=(9, 0)):
+        monkeypatch.setattr(op._backends, "usable", lambda *_: backends)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        config = op._plan(x[:, :depth], 40, 1, weight[2], columns=columns)
+        return config.backend, config.tile.rows
+
+    assert rows() == ("csrc", native.WIDE)
+    assert rows(columns=23) == rows(depth=0) == rows(capability=(10, 0)) == ("csrc", 32)
+    assert rows(backends=("triton", "reference"))[0] == "triton"
+    monkeypatch.setattr(op._backends, "usable", lambda *_: ("csrc", "triton"))
+    assert op._plan(x, 40, 1, weight[2]).backend == "triton"  # a backward

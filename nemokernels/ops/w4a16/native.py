@@ -8,6 +8,7 @@ from nemokernels import _ext
 
 PARTS = ("plain", "up", "slots")  # w4a16::Part in csrc/w4a16/w4a16.h
 ROWS = (8, 16, 32)  # of x per block
+WIDE = 256  # on sm_90 alone, and for multiples of 8 columns of the result
 
 _product = _ext.define(
     "w4a16_product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Tensor? order, "
@@ -26,7 +27,7 @@ def product(
     out (R, N) has the columns from ``first``, a multiple of 16, on.
     ``part``: "plain" has one weight and as many rows of x as of out; "up" takes the row of x of a
     row's token and squares what is positive; "slots" puts a row where its slot is. ``expert`` and
-    ``row`` are the table of tiles of ``rows`` rows.
+    ``row`` are the table of tiles of ``rows`` rows, one of ROWS or WIDE.
     """
     _product(x, codes, scales, scale_2, order, offsets, expert, row, top_k, PARTS.index(part),
              rows, first, out)  # fmt: skip

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from nemokernels import _backends, _ext, _triton
+from nemokernels import _backends, _ext, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts.op import Tile, too_many
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES
 from nemokernels.ops.nvfp4.ref import quantize_weight
-from nemokernels.ops.w4a16 import ref
+from nemokernels.ops.w4a16 import native, ref
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -65,15 +66,45 @@ def plan(
     return Config("triton", Tile(64, 128, 64, 4, 3) if load <= 96 else Tile(128, 128, 64, 8, 3))
 
 
-def _plan(x: torch.Tensor, rows: int, experts: int, *others: torch.Tensor, **kwargs) -> Config:
-    unsupported = _triton.unsupported(x, *others)
+def _plan(
+    x: torch.Tensor, rows: int, experts: int, *others: torch.Tensor, columns: int | None = None
+) -> Config:
+    """``columns`` of a forward's result; None for a backward, for which there is no table."""
+    problem, forward = (rows, experts, x.dtype), columns is not None
     backends = _backends.usable(FAMILY.name, x.device)
-    return plan(rows, experts, x.dtype, unsupported, backends, **kwargs)
+    config = plan(*problem, _triton.unsupported(x, *others), backends, forward)
+    if not forward:
+        return config
+    tuned = _tuned.tuned(FAMILY.name, x.device, problem, config)
+    # The table may come from a machine that has csrc, and knows nothing of the other sizes.
+    wide = tuned.backend == "csrc" and tuned.tile.rows == native.WIDE
+    takes = not wide or (
+        columns % 8 == 0 and x.shape[-1] > 0
+        and torch.cuda.get_device_capability(x.device) == (9, 0)
+    )  # fmt: skip
+    return tuned if takes and tuned.backend in backends else config
+
+
+def candidates(config: Config, backward: bool) -> Iterator[Config]:
+    """What may be faster than ``config`` on some card: csrc with each of its tiles, Triton with
+    one measure of its tile changed. Of a backward, nothing."""
+    if backward:
+        return
+    for rows in (*native.ROWS, native.WIDE):
+        columns = 128 if rows == native.WIDE else 32
+        yield replace(config, backend="csrc", tile=Tile(rows, columns, 64, 4, 2))
+    tile = config.tile if config.backend == "triton" else Tile(128, 128, 64, 8, 3)
+    options = {"rows": (16, 64, 128), "columns": (64, 128), "depth": (64, 128),
+               "num_warps": (4, 8), "num_stages": (2, 3, 4)}  # fmt: skip
+    for measure, values in options.items():
+        for value in values:
+            yield replace(config, backend="triton", tile=replace(tile, **{measure: value}))
 
 
 def _plan_experts(x, *args) -> Config:
     _, _, up_scale, _, _, down_scale, _, weights, offsets, order = args
-    return _plan(x, order.shape[0], offsets.shape[0], up_scale, down_scale, weights)
+    scales = up_scale, down_scale, weights
+    return _plan(x, order.shape[0], offsets.shape[0], *scales, columns=x.shape[1])
 
 
 def _example_weight(device: torch.device, rows: int, columns: int):
@@ -110,7 +141,7 @@ linear_backward = register(
     fake=lambda dy, codes, scales, global_scale, columns: dy.new_empty((*dy.shape[:-1], columns)),
     example=_example_linear_backward,
     plan=lambda dy, codes, scales, global_scale, columns: _plan(
-        dy, dy.shape[:-1].numel(), 1, global_scale, forward=False
+        dy, dy.shape[:-1].numel(), 1, global_scale
     ),
     kernel="w4a16.kernel:linear_backward",
 )
@@ -134,7 +165,7 @@ linear = register(
     fake=lambda x, codes, scales, global_scale, rows: x.new_empty((*x.shape[:-1], rows)),
     example=_example_linear,
     plan=lambda x, codes, scales, global_scale, rows: _plan(
-        x, x.shape[:-1].numel(), 1, global_scale
+        x, x.shape[:-1].numel(), 1, global_scale, columns=rows
     ),
     kernel="w4a16.kernel:linear",
     setup_context=_setup,

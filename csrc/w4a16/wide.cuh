@@ -1,0 +1,261 @@
+// Three warpgroups per block. The first brings 64 columns of 256 rows of x (tokens gathered by copies
+// of 16 bytes, other rows in a box) and of 128 rows of the weight, codes and block scales as they
+// are. The other two make numbers of 64 rows of the weight each, in registers, and multiply: the
+// weight is the left operand, rows of x are columns of the sums. While one decodes, the other's
+// products run. A tile with no more than 128 rows of x takes products of half the width.
+#pragma once
+
+#include "nemo/vec.h"
+#include "nemo/wgmma.h"
+#include "w4a16/weights.cuh"
+
+namespace nemo::w4a16 {
+
+template <class T, Part kPart>
+struct WideKernel {
+  using Params = Product;
+  static constexpr bool kGather = kPart == Part::kUp;
+  static constexpr int kDepth = 64, kWarpgroups = 3, kGroupRows = 64, kGroups = 2;
+  static constexpr int kRows = kGroups * kGroupRows, kTiles = kRows / 16;  // of the weight
+  static constexpr int kCodes = 512, kScales = 64;  // bytes of a tile's 64 columns
+  static constexpr int kBytesX = kWide * kBoxBytes;
+  static constexpr int kStages = (232448 - 1024) / (kBytesX + kTiles * (kCodes + kScales));
+  static constexpr int kBehind = 2;  // stages whose copies are under way
+
+  struct Shared {
+    alignas(1024) uint8_t x[kStages][kBytesX];
+    alignas(128) uint8_t codes[kStages][kTiles][kCodes];
+    alignas(128) uint8_t scales[kStages][kTiles][kScales];
+    Barrier full[kStages], empty[kStages];
+  };
+
+  static NEMO_DEVICE void setup(Shared& shared) {
+    for (int i = 0; i < kStages; ++i) {
+      shared.full[i].init(kGather ? 1 + kWarpgroup : 1);
+      shared.empty[i].init(kGroups * kWarpgroup / kLanes);
+    }
+  }
+
+  static NEMO_DEVICE void run(const Params& p, int64_t block, int64_t blocks, int which,
+                              Shared& shared) {
+    if (which == 0) {
+      give_registers<88>();
+      bring(p, block, blocks, shared);
+    } else {
+      take_registers<208>();
+      multiply_all(p, block, blocks, which - 1, shared);
+    }
+  }
+
+ private:
+  static NEMO_DEVICE int64_t places(const Params& p) {
+    const int64_t tiles = kPart == Part::kPlain ? ceil_div(p.rows, kWide) : p.tiles;
+    return tiles * ceil_div(p.width, kRows);
+  }
+
+  // Without rows: nothing to do.
+  static NEMO_DEVICE Place at_of(const Params& p, int64_t index) {
+    Place at = place<kWide, kRows>(p, index);
+    if (at.expert < 0 || at.first < 0) return {0, 0, 0, 0};
+    at.end = smaller(at.end, at.first + kWide);
+    return at;
+  }
+
+  static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
+    // A thread copies piece t % 8 of rows t / 8, t / 8 + 16, ...
+    constexpr int kPieces = kBoxBytes / 16, kApart = kWarpgroup / kPieces, kEach = kWide / kApart;
+    Turn<kStages> turn, copied;
+    int under_way = 0;
+    for (int64_t index = block; index < places(p); index += blocks) {
+      const Place at = at_of(p, index);
+      if (at.first >= at.end) continue;
+      PerThread<const T*> rows[kEach];
+      if constexpr (kGather) {
+        each_thread([&](int t) {
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            const int64_t slot = slot_of(p, at, at.first + t / kPieces + kApart * i);
+            rows[i][t] = nullptr;
+            if (slot < 0) continue;
+            const int64_t token = uint32_t(slot) / uint32_t(p.top_k);
+            rows[i][t] = static_cast<const T*>(p.x) + offset(token, p.x_row);
+          }
+        });
+      }
+      for (int k = 0; k < p.depth; k += kDepth, turn.next()) {
+        shared.empty[turn.stage].wait(turn.parity ^ 1);
+        each_thread([&](int t) {
+          if (t == 0) bring_boxes(p, at, k, turn.stage, shared);
+          if constexpr (kGather) {
+            const int piece = t % kPieces, column = k + 8 * piece;
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+              const int line = t / kPieces + kApart * i;
+              if (rows[i][t] == nullptr) continue;  // its sums are not stored
+              copy_16(shared.x[turn.stage] + kBoxBytes * line + 16 * (piece ^ line % 8),
+                      rows[i][t] + column, column < p.depth);
+            }
+          }
+        });
+        if constexpr (kGather) {
+          commit_copies();
+          if (under_way < kBehind) {
+            ++under_way;
+          } else {
+            wait_copies<kBehind>();
+            hand_over(copied, shared);
+          }
+        }
+      }
+    }
+    if constexpr (kGather) {
+      wait_copies<0>();
+      for (; under_way > 0; --under_way) hand_over(copied, shared);
+    }
+  }
+
+  static NEMO_DEVICE void hand_over(Turn<kStages>& copied, Shared& shared) {
+    publish_stores();
+    each_thread([&](int) { shared.full[copied.stage].arrive(); });
+    copied.next();
+  }
+
+  static NEMO_DEVICE void bring_boxes(const Params& p, const Place& at, int k, int stage,
+                                      Shared& shared) {
+    Barrier& full = shared.full[stage];
+    const int64_t first = p.first_tile + at.row_block * kTiles, units = ceil_div(p.depth, kDepth);
+    const int tiles = int(smaller<int64_t>(p.weight_tiles - first, kTiles));
+    full.expect(tiles * (kCodes + kScales) + (kGather ? 0 : kBytesX));
+    if constexpr (!kGather) load_box(shared.x[stage], p.x_map, full, k, int(at.first), 0);
+    for (int i = 0; i < tiles; ++i) {
+      const int64_t unit = (at.expert * p.weight_tiles + first + i) * units + k / kDepth;
+      copy_bulk(shared.codes[stage][i], p.codes + unit * kCodes, kCodes, full);
+      copy_bulk(shared.scales[stage][i], p.scales + unit * kScales, kScales, full);
+    }
+  }
+
+  static NEMO_DEVICE void multiply_all(const Params& p, int64_t block, int64_t blocks, int group,
+                                       Shared& shared) {
+    Turn<kStages> turn;
+    for (int64_t index = block; index < places(p); index += blocks) {
+      const Place at = at_of(p, index);
+      if (at.first >= at.end) continue;
+      PerThread<Sums<kWide>> sums;
+      if (at.end - at.first > kWide / 2) {
+        multiply_tile<kWide>(p, turn, group, shared, sums);
+        store<kWide>(p, at, group, sums);
+      } else {
+        multiply_tile<kWide / 2>(p, turn, group, shared, sums);
+        store<kWide / 2>(p, at, group, sums);
+      }
+    }
+  }
+
+  template <int kColumns>
+  static NEMO_DEVICE void multiply_tile(const Params& p, Turn<kStages>& turn, int group,
+                                        Shared& shared, PerThread<Sums<kWide>>& sums) {
+    for (int k = 0; k < p.depth; k += kDepth, turn.next()) {
+      shared.full[turn.stage].wait(turn.parity);
+      PerThread<FragmentA> weights[kDepth / 16];
+      each_thread([&](int t) {
+        const int tile = group * (kGroupRows / 16) + t / kLanes;
+        decode(shared.codes[turn.stage][tile], shared.scales[turn.stage][tile], t, weights);
+      });
+      const uint32_t x = shared_address(shared.x[turn.stage]);
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < kDepth / 16; ++i) {
+        multiply<T, kColumns>(sums, weights[i], operand(x + kProductBytes * i), k > 0 || i > 0);
+      }
+      commit_products();
+      wait_products<0>();
+      each_thread([&](int t) {
+        if (t % kLanes == 0) shared.empty[turn.stage].arrive();
+      });
+    }
+  }
+
+  // Rows g and g + 8 of a tile, columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of each of its four blocks:
+  // two bytes of a block. Those of two blocks are mixed, so that nibbles i and i + 4 are neighbours
+  // of one row.
+  static NEMO_DEVICE void decode(const uint8_t* codes, const uint8_t* scales, int thread,
+                                 PerThread<FragmentA> (&out)[kDepth / 16]) {
+    const int g = thread % kLanes / 4, t = thread % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = g + 8 * h;
+      uint32_t scale;
+      std::memcpy(&scale, scales + 4 * row, sizeof scale);
+#pragma unroll
+      for (int block = 0; block < 4; block += 2) {
+        uint16_t one, two;
+        std::memcpy(&one, codes + 32 * row + 8 * block + 2 * t, sizeof one);
+        std::memcpy(&two, codes + 32 * row + 8 * block + 8 + 2 * t, sizeof two);
+        const uint32_t word = mixed(one, two);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t s = block_scale<T>(scale >> 8 * (block + i / 2));
+          out[block + i / 2][thread].pair[i % 2 * 2 + h] =
+              multiply_halves<T>(widened<T>(word, i), s);
+        }
+      }
+    }
+  }
+
+  // Bytes 0 of both, then bytes 1.
+  static NEMO_DEVICE uint32_t mixed(uint32_t one, uint32_t two) {
+#ifdef USE_CUDA
+    return __byte_perm(one, two, 0x5140);
+#else
+    return (one & 0xFF) | (two & 0xFF) << 8 | (one & 0xFF00) << 8 | (two & 0xFF00) << 16;
+#endif
+  }
+
+  // The sums have rows of the weight as rows; results have them side by side. Blocks of 8 by 8 are
+  // turned, then four threads trade until each has 8 columns, 16 bytes, of a row.
+  template <int kColumns>
+  static NEMO_DEVICE void store(const Params& p, const Place& at, int group,
+                                PerThread<Sums<kWide>>& sums) {
+    const float scale = p.global_scale[at.expert] * kLeftOver;
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 16) {
+      PerThread<uint32_t> word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        each_thread([&](int t) {
+          const float* sum = sums[t].value + (c / 8 + i / 2) * 4 + i % 2 * 2;
+          word[i][t] = pack_halves<T>(result(sum[0] * scale), result(sum[1] * scale));
+        });
+        turn_8_by_8(word[i]);
+      }
+      transpose(word);
+      each_thread([&](int t) {
+        const int lane = t % kLanes;
+        const int64_t row = at.first + c + lane % 4 / 2 * 8 + lane / 4, slot = slot_of(p, at, row);
+        const int64_t n = at.row_block * kRows + group * kGroupRows + t / kLanes * 16 + lane % 2 * 8;
+        if (slot < 0 || n >= p.width) return;
+        const int64_t to = offset(kPart == Part::kSlots ? slot : row, p.width, n, 1);
+        store_words(static_cast<T*>(p.out) + to, word[0][t], word[1][t], word[2][t], word[3][t]);
+      });
+    }
+  }
+
+  static NEMO_DEVICE float result(float v) { return kPart == Part::kUp ? squared_relu(v) : v; }
+};
+
+template <class T, Part kPart>
+const char* run_wide(Product& p, Stream stream) {
+  using Kernel = WideKernel<T, kPart>;
+  const char* refused = nullptr;
+  if (!Kernel::kGather) {
+    const int64_t row = p.x_row * int64_t(sizeof(T));
+    refused = make_tensor_map<T>({p.x, {p.depth, p.rows, 1}, {row, p.rows * row}, kWide}, p.x_map);
+  }
+  const int64_t tiles = kPart == Part::kPlain ? ceil_div(p.rows, kWide) : p.tiles;
+  if (refused == nullptr) {
+    launch_warpgroups<Kernel>(p, tiles * ceil_div(p.width, Kernel::kRows), stream);
+  }
+  return refused;
+}
+
+}  // namespace nemo::w4a16
