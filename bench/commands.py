@@ -55,7 +55,8 @@ def bench(
     say = functools.partial(console.print, highlight=False, markup=False)
     if tune:
         card = machine.card(clock.device)["name"]
-        for path in tuning.write(tuning.tune(chosen, clock, say=say), card, out):
+        write = lambda found: tuning.write(found, card, out)  # noqa: E731
+        for path in write(tuning.tune(chosen, clock, say=say, minutes=minutes, save=write)):
             say(f"written to {path}")
         return 0
     document = run(chosen, clock, with_peers=not no_peers, minutes=minutes, say=say,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -64,14 +65,28 @@ def problems() -> Iterator[list[tuple[str, str]]]:
         _tuned.tuned = original
 
 
-def tune(rows: Sequence[Row], clock: Clock, *, say: Callable[[str], None] = print) -> dict:
+def tune(
+    rows: Sequence[Row],
+    clock: Clock,
+    *,
+    say: Callable[[str], None] = print,
+    minutes: float | None = None,
+    save: Callable[[dict], object] | None = None,
+) -> dict:
     """Race candidates on these rows. Returns ``{op: {key: fields}}``, of what got faster.
+
+    With ``minutes``, rows that would start later are left out. ``save`` gets what was found so far
+    after every row.
 
     Raises:
         ValueError: an op that offers no candidates.
     """
     done: dict[str, dict[str, dict]] = {}
+    began = time.monotonic()
     for row in rows:
+        if minutes is not None and time.monotonic() - began > 60 * minutes:
+            say(f"{row.id}: {minutes:g} minutes were over")
+            continue
         op = row.subject.family
         module = importlib.import_module(f"nemokernels.ops.{op}.op")
         if not hasattr(module, "candidates"):
@@ -91,7 +106,9 @@ def tune(rows: Sequence[Row], clock: Clock, *, say: Callable[[str], None] = prin
             continue
         best = climb(row, judge, task, planned, module.candidates, clock, say)
         table[key, row.way] = _tuned.difference(planned, best)
-    return {op: _merged(table) for op, table in done.items()}
+        if save is not None:
+            save(_all_merged(done))
+    return _all_merged(done)
 
 
 def climb(row, judge, task, planned, candidates, clock: Clock, say) -> object:
@@ -114,6 +131,10 @@ def climb(row, judge, task, planned, candidates, clock: Clock, say) -> object:
         say(f"{row.id}: {times[best].median * 1e3:.4g} -> {times[winner].median * 1e3:.4g} ms")
         best = winner
     return best
+
+
+def _all_merged(done: dict) -> dict:
+    return {op: _merged(table) for op, table in done.items()}
 
 
 def _merged(table: dict) -> dict[str, dict]:

@@ -158,6 +158,15 @@ def test_the_fastest_right_one_wins(op):
     assert _tuned.tuned.__module__ == "nemokernels._tuned"
 
 
+def test_what_was_found_is_saved_after_every_row_and_time_ends_it(op, monkeypatch):
+    saved, now = [], iter([0.0, 0.0, 59.0, 61.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
+    said, best = [], {"warps": 8, "stages": 3}
+    found = tune.tune(op.rows, Racing(), say=said.append, minutes=1, save=saved.append)
+    assert found == {"fake": {"16": best}} and saved == [found]
+    assert said[-1] == f"{op.rows[2].id}: 1 minutes were over"
+
+
 def test_a_table_has_the_last_word_in_what_is_seen(op, monkeypatch):
     op._plan = lambda n: dataclasses.replace(op.plan(), warps=1)
     with plans.watched() as seen:
