@@ -8,6 +8,7 @@
 #pragma once
 
 #include "moe_experts/store.cuh"
+#include "nemo/gather.h"
 #include "nemo/wgmma.h"
 
 namespace nemo::moe_experts {
@@ -20,8 +21,7 @@ struct ProductKernel {
   static constexpr int kGroupRows = 64, kGroups = kRows / kGroupRows, kWarpgroups = 1 + kGroups;
   static constexpr int kBytesA = kRows * kBoxBytes, kBytesB = kColumns * kBoxBytes;
   static constexpr int kStages = smaller(5, (232448 - 1024) / (kBytesA + kBytesB));
-  static constexpr int kBehind = 2;  // stages whose copies are under way
-  static_assert(kBehind + 2 <= kStages && (!kAcross || kColumns % kDepth == 0));
+  static_assert(!kAcross || kColumns % kDepth == 0);
 
   struct Shared {
     alignas(1024) uint8_t a[kStages][kBytesA];
@@ -53,65 +53,30 @@ struct ProductKernel {
   }
 
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
-    // A thread copies piece t % 8 of rows t / 8, t / 8 + 16, ...
-    constexpr int kPieces = kBoxBytes / 16, kApart = kWarpgroup / kPieces, kEach = kRows / kApart;
-    Turn<kStages> turn, copied;
-    int under_way = 0;
+    constexpr int64_t kSize = sizeof(T);
+    Turn<kStages> turn;
+    Gather<kRows> tokens;
+    Copies<kStages> copies;
     for (int64_t index = block; index < places(p); index += blocks) {
       const Place at = place(p, index, kColumns);
       if (!at.has_rows()) continue;
-      PerThread<const uint8_t*> rows[kEach];
       if constexpr (kGather) {
-        each_thread([&](int t) {
-#pragma unroll
-          for (int i = 0; i < kEach; ++i) {
-            const int64_t slot = slot_of(p, at, at.first + t / kPieces + kApart * i);
-            rows[i][t] = nullptr;
-            if (slot >= 0) {
-              const auto* row = static_cast<const T*>(p.a) + offset(token_of(p, slot), p.a_row);
-              rows[i][t] = reinterpret_cast<const uint8_t*>(row);
-            }
-          }
+        tokens.point([&](int line) {
+          const int64_t slot = slot_of(p, at, at.first + line);
+          if (slot < 0) return static_cast<const T*>(nullptr);  // its sums are not stored
+          return static_cast<const T*>(p.a) + offset(token_of(p, slot), p.a_row);
         });
       }
       for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
-        uint8_t* a = shared.a[turn.stage];
         shared.empty[turn.stage].wait(turn.parity ^ 1);
         each_thread([&](int t) {
           if (t == 0) bring_boxes(p, at, int(k), turn.stage, shared);
-          if constexpr (kGather) {
-            const int piece = t % kPieces;
-            const int64_t byte = k * int64_t(sizeof(T)) + 16 * piece;
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-              const int line = t / kPieces + kApart * i;
-              if (rows[i][t] == nullptr) continue;  // its sums are not stored
-              copy_16(a + kBoxBytes * line + 16 * (piece ^ line % 8), rows[i][t] + byte,
-                      byte < p.depth * int64_t(sizeof(T)));
-            }
-          }
+          if constexpr (kGather) tokens.copy(t, shared.a[turn.stage], k * kSize, p.depth * kSize);
         });
-        if constexpr (kGather) {
-          commit_copies();
-          if (under_way < kBehind) {
-            ++under_way;
-          } else {
-            wait_copies<kBehind>();
-            hand_over(copied, shared);
-          }
-        }
+        if constexpr (kGather) copies.asked(shared.full);
       }
     }
-    if constexpr (kGather) {
-      wait_copies<0>();
-      for (; under_way > 0; --under_way) hand_over(copied, shared);
-    }
-  }
-
-  static NEMO_DEVICE void hand_over(Turn<kStages>& copied, Shared& shared) {
-    publish_stores();
-    each_thread([&](int) { shared.full[copied.stage].arrive(); });
-    copied.next();
+    if constexpr (kGather) copies.finish(shared.full);
   }
 
   static NEMO_DEVICE void bring_boxes(const Params& p, const Place& at, int k, int stage,

@@ -5,6 +5,7 @@
 // products run. A tile with no more than 128 rows of x takes products of half the width.
 #pragma once
 
+#include "nemo/gather.h"
 #include "nemo/vec.h"
 #include "nemo/wgmma.h"
 #include "w4a16/weights.cuh"
@@ -20,7 +21,6 @@ struct WideKernel {
   static constexpr int kCodes = 512, kScales = 64;  // bytes of a tile's 64 columns
   static constexpr int kBytesX = kWide * kBoxBytes;
   static constexpr int kStages = (232448 - 1024) / (kBytesX + kTiles * (kCodes + kScales));
-  static constexpr int kBehind = 2;  // stages whose copies are under way
 
   struct Shared {
     alignas(1024) uint8_t x[kStages][kBytesX];
@@ -62,62 +62,31 @@ struct WideKernel {
   }
 
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
-    // A thread copies piece t % 8 of rows t / 8, t / 8 + 16, ...
-    constexpr int kPieces = kBoxBytes / 16, kApart = kWarpgroup / kPieces, kEach = kWide / kApart;
-    Turn<kStages> turn, copied;
-    int under_way = 0;
+    constexpr int64_t kSize = sizeof(T);
+    Turn<kStages> turn;
+    Gather<kWide> tokens;
+    Copies<kStages> copies;
     for (int64_t index = block; index < places(p); index += blocks) {
       const Place at = at_of(p, index);
       if (at.first >= at.end) continue;
-      PerThread<const T*> rows[kEach];
       if constexpr (kGather) {
-        each_thread([&](int t) {
-#pragma unroll
-          for (int i = 0; i < kEach; ++i) {
-            const int64_t slot = slot_of(p, at, at.first + t / kPieces + kApart * i);
-            rows[i][t] = nullptr;
-            if (slot < 0) continue;
-            const int64_t token = uint32_t(slot) / uint32_t(p.top_k);
-            rows[i][t] = static_cast<const T*>(p.x) + offset(token, p.x_row);
-          }
+        tokens.point([&](int line) {
+          const int64_t slot = slot_of(p, at, at.first + line);
+          if (slot < 0) return static_cast<const T*>(nullptr);  // its sums are not stored
+          const int64_t token = uint32_t(slot) / uint32_t(p.top_k);
+          return static_cast<const T*>(p.x) + offset(token, p.x_row);
         });
       }
       for (int k = 0; k < p.depth; k += kDepth, turn.next()) {
         shared.empty[turn.stage].wait(turn.parity ^ 1);
         each_thread([&](int t) {
           if (t == 0) bring_boxes(p, at, k, turn.stage, shared);
-          if constexpr (kGather) {
-            const int piece = t % kPieces, column = k + 8 * piece;
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-              const int line = t / kPieces + kApart * i;
-              if (rows[i][t] == nullptr) continue;  // its sums are not stored
-              copy_16(shared.x[turn.stage] + kBoxBytes * line + 16 * (piece ^ line % 8),
-                      rows[i][t] + column, column < p.depth);
-            }
-          }
+          if constexpr (kGather) tokens.copy(t, shared.x[turn.stage], k * kSize, p.depth * kSize);
         });
-        if constexpr (kGather) {
-          commit_copies();
-          if (under_way < kBehind) {
-            ++under_way;
-          } else {
-            wait_copies<kBehind>();
-            hand_over(copied, shared);
-          }
-        }
+        if constexpr (kGather) copies.asked(shared.full);
       }
     }
-    if constexpr (kGather) {
-      wait_copies<0>();
-      for (; under_way > 0; --under_way) hand_over(copied, shared);
-    }
-  }
-
-  static NEMO_DEVICE void hand_over(Turn<kStages>& copied, Shared& shared) {
-    publish_stores();
-    each_thread([&](int) { shared.full[copied.stage].arrive(); });
-    copied.next();
+    if constexpr (kGather) copies.finish(shared.full);
   }
 
   static NEMO_DEVICE void bring_boxes(const Params& p, const Place& at, int k, int stage,
