@@ -6,7 +6,7 @@
 
 namespace nemo::moe_experts {
 
-// A tile of the result; without rows: nothing to do.
+// Rows of an expert from a tile's first one on; without any: nothing to do.
 struct Place {
   int64_t first, end, column;
   int expert;
@@ -19,7 +19,7 @@ NEMO_DEVICE Place place(const Product& p, int64_t index, int tile_columns) {
   const int expert = p.tile_expert[tile];
   if (expert < 0 || expert >= p.experts) return {0, 0, 0, 0};
   const int64_t first = p.tile_row[tile];
-  const int64_t end = smaller(smaller<int64_t>(p.offsets[expert], p.rows), first + kRows);
+  const int64_t end = smaller<int64_t>(p.offsets[expert], p.rows);
   if (first < 0) return {0, 0, 0, 0};
   return {first, end, index % across * tile_columns, expert};
 }

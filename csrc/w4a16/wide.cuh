@@ -55,10 +55,8 @@ struct WideKernel {
 
   // Without rows: nothing to do.
   static NEMO_DEVICE Place at_of(const Params& p, int64_t index) {
-    Place at = place<kWide, kRows>(p, index);
-    if (at.expert < 0 || at.first < 0) return {0, 0, 0, 0};
-    at.end = smaller(at.end, at.first + kWide);
-    return at;
+    const Place at = place<kWide, kRows>(p, index);
+    return at.expert < 0 || at.first < 0 ? Place{0, 0, 0, 0} : at;
   }
 
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {

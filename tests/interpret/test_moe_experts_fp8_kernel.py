@@ -9,7 +9,11 @@ from nemokernels import testing
 from nemokernels.ops.moe_experts import kernel_fp8, op, ref
 from nemokernels.ops.moe_route import ref as route
 
-TILES = {"small": op.Tile(16, 16, 32, 1, 1), "wide": op.Tile(32, 64, 64, 1, 1)}
+TILES = {
+    "small": op.Tile(16, 16, 32, 1, 1),
+    "wide": op.Tile(32, 64, 64, 1, 1),
+    "swap": op.Tile(16, 32, 32, 1, 1, True),
+}
 
 
 def byte(*shape):
@@ -144,6 +148,7 @@ def test_plan():
         return op.plan_fp8(rows, experts, "", everywhere, capability)
 
     assert [of(t * 6).rows.rows for t in (8, 1024, 16384)] == [16, 64, 128]
+    assert of(48).rows.swap and not of(1024 * 6).rows.swap
     assert of(16384 * 6, (8, 9)).rows.rows == 64 and not of(8, (8, 9)).tma
     assert "FP8 products need sm_89 or newer, this is sm_80" in of(8, (8, 0)).reason
     assert "2048 experts, got 3000" in of(8, experts=3000).reason

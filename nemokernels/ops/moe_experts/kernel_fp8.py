@@ -45,6 +45,7 @@ def moe_experts_fp8_kernel(
     SCALE_PER_COLUMN: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -52,7 +53,8 @@ def moe_experts_fp8_kernel(
     # One tile of a_r @ b_e^T (width); the result has so many columns of it from the first one on.
     # UP: a has a row per token and its scale one or one per token, the result is squared and
     # quantised; else a is the hidden layer, under its expert's scale, and the result goes to its
-    # slot. b_e has one scale or one per column of the result.
+    # slot. b_e has one scale or one per column of the result. SWAP: b is the left operand, for a
+    # handful of rows, which as the left one would be multiplied as float16.
     blocks_n = tl.cdiv(columns, BLOCK_N)
     tile, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     expert = tl.load(expert_ptr + tile)
@@ -68,7 +70,10 @@ def moe_experts_fp8_kernel(
     if not TMA:
         b_row = offset64(expert, width) + tl.minimum(n, width - 1)
         b_ptrs = b_ptr + ((b_row * depth)[None, :] + k[:, None])
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs)
@@ -81,10 +86,15 @@ def moe_experts_fp8_kernel(
         else:
             b = tl.load(b_ptrs, mask=(k < depth - start)[:, None], other=0.0)
         # Hopper's FP8 products keep 14 bits of a sum: every block is added in float32.
-        acc = tl.dot(a, b, acc, max_num_imprecise_acc=BLOCK_K)
+        if SWAP:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(a, b, acc, max_num_imprecise_acc=BLOCK_K)
         a_ptrs += BLOCK_K
         if not TMA:
             b_ptrs += BLOCK_K
+    if SWAP:
+        acc = tl.trans(acc)
     if SCALE_PER_COLUMN:
         at = offset64(expert, width) + n
         acc *= tl.load(b_scale_ptr + at, mask=n < width, other=0.0)[None, :]
@@ -141,7 +151,7 @@ def forward(
             a, a_scale, b_arg, b_scale, hidden_scale, out, order, offsets, *table,
             first, columns, slots, width, depth, weights.shape[1], a.stride(0), UP=is_up,
             SCALE_PER_ROW=a_scale.numel() != 1, SCALE_PER_COLUMN=b_scale.dim() == 2, TMA=tma,
-            EVEN_K=depth % tile.depth == 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            EVEN_K=depth % tile.depth == 0, SWAP=tile.swap, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
             BLOCK_K=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 

@@ -132,7 +132,7 @@ def plan_fp8(
     load = slots / max(experts, 1)
     roomy = capability in _triton.ROOMY
     if load <= 12:
-        tile = Tile(16, 64, 128, 4, 4)
+        tile = Tile(16, 64, 128, 4, 4, True)
     elif load <= 96 or not roomy:
         tile = Tile(64, 128, 128, 4, 3)
     else:
