@@ -107,8 +107,9 @@ def as_rows(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows can be loaded 16 bytes at a time: ``t`` itself or a copy."""
-    if t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
+    """A matrix whose rows lie apart and can be loaded 16 bytes at a time: ``t`` or a copy."""
+    apart = t.stride(0) >= t.shape[1] or t.shape[0] <= 1
+    if apart and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

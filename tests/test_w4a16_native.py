@@ -155,7 +155,7 @@ def test_a_route_that_is_none_stays_in_bounds(device, rows=8):
     weight, x = random_weight(2, 32, 64), torch.randn(4, 64).to(BF16)
     order = torch.tensor([0, -7, 99, 3], dtype=torch.int32)
     offsets = torch.tensor([3, 900], dtype=torch.int32)
-    table = [torch.tensor(t, dtype=torch.int32) for t in ([0, 1, 7, -3], [0, 3, 0, 0])]
+    table = [torch.tensor(t, dtype=torch.int32) for t in ([0, 1, 1, 7, -3], [0, 3, -256, 0, 0])]
     if torch.device(device).type == "cpu":
         x, order, offsets = (fenced(t, "behind") for t in (x, order, offsets))
         weight, table = ([fenced(t, "behind") for t in parts] for parts in (weight, table))
@@ -176,6 +176,7 @@ def test_strided_rows_and_repeats(device, rows=8):
     (torch.ones(3, 65, dtype=BF16)[:, 1:], "aligned to 16 bytes"),
     (torch.ones(3, 64), "bfloat16 or float16"),
     (torch.ones(3, 128, dtype=BF16), "in tiles of 16 x 64"),
+    (torch.ones(2, 64, dtype=BF16), "one per row of the result"),
 ])  # fmt: skip
 def test_refused(device, x, message):
     weight = random_weight(16, 64)
@@ -222,12 +223,22 @@ def test_wide_nan_and_infinity(hopper_device):
     test_nan_passes_the_squared_relu_of_its_token_alone(hopper_device, native.WIDE)
 
 
-def test_wide_is_refused(hopper_device):
+def test_wide_zero_sizes_and_what_is_refused(hopper_device):
     x = torch.randn(3, 64).to(BF16)
-    for width, message in ((33, "rows of the result aligned"), (0, "something to multiply")):
+    for rows, width in ((0, 16), (3, 0)):
         args = random_weight(width, 64), (None,) * 4, "plain", native.WIDE
-        with pytest.raises(RuntimeError, match=message):
-            product(hopper_device, x, *args, x.new_empty(3, width))
+        assert product(hopper_device, x[:rows], *args, x.new_empty(rows, width)).numel() == 0
+    args = random_weight(33, 64), (None,) * 4, "plain", native.WIDE
+    with pytest.raises(RuntimeError, match="rows of the result aligned"):
+        product(hopper_device, x, *args, x.new_empty(3, 33))
+
+
+@pytest.mark.parametrize("rows", [8, native.WIDE])
+def test_rows_that_overlap_are_copied(hopper_device, rows):
+    weight, one = random_weight(40, 96), torch.randn(1, 96).to(BF16)
+    args = weight, (None,) * 4, "plain", rows, one.new_empty(20, 40)
+    got = product(hopper_device, one.expand(20, 96), *args)
+    assert torch.equal(got, product(hopper_device, one.repeat(20, 1), *args))
 
 
 def test_plan():

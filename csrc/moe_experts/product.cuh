@@ -54,11 +54,13 @@ struct ProductKernel {
 
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
     constexpr int64_t kSize = sizeof(T);
+    if (!kGather && !is_first()) return;
     Turn<kStages> turn;
     Gather<kRows> tokens;
     Copies<kStages> copies;
     for (int64_t index = block; index < places(p); index += blocks) {
       const Place at = place(p, index, kColumns);
+      if (at.expert < 0) break;
       if (!at.has_rows()) continue;
       if constexpr (kGather) {
         tokens.point([&](int line) {
@@ -75,8 +77,8 @@ struct ProductKernel {
         });
         if constexpr (kGather) copies.asked(shared.full);
       }
+      if constexpr (kGather) copies.finish(shared.full);
     }
-    if constexpr (kGather) copies.finish(shared.full);
   }
 
   static NEMO_DEVICE void bring_boxes(const Params& p, const Place& at, int k, int stage,
@@ -100,6 +102,7 @@ struct ProductKernel {
     Turn<kStages> turn;
     for (int64_t index = block; index < places(p); index += blocks) {
       Place at = place(p, index, kColumns);
+      if (at.expert < 0) break;
       if (!at.has_rows()) continue;
       at.first += group * kGroupRows;
       if (at.has_rows()) {
@@ -120,17 +123,20 @@ struct ProductKernel {
     if constexpr (sizeof(T) == 1) {
       // Products of E4M3 keep 14 bits of a sum: every stage is added in float32. Meanwhile the
       // other warpgroup multiplies.
+      each_thread([&](int t) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) sums[t].value[i] = 0.0f;
+      });
       for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
         PerThread<Sums<kColumns>> part;
         shared.full[turn.stage].wait(turn.parity);
         multiply_stage(shared, turn.stage, group, part, false);
         wait_products<0>();
+        settle<kColumns>(part);
         release(shared.empty[turn.stage]);
         each_thread([&](int t) {
 #pragma unroll
-          for (int i = 0; i < kColumns / 2; ++i) {
-            sums[t].value[i] = k == 0 ? part[t].value[i] : sums[t].value[i] + part[t].value[i];
-          }
+          for (int i = 0; i < kColumns / 2; ++i) sums[t].value[i] += part[t].value[i];
         });
       }
     } else {
@@ -144,6 +150,7 @@ struct ProductKernel {
         before = turn.stage;
       }
       wait_products<0>();
+      settle<kColumns>(sums);
       release(shared.empty[before]);
     }
   }
@@ -161,20 +168,13 @@ struct ProductKernel {
     }
     commit_products();
   }
-
-  // Each warp for itself: it knows of its own products only that they are complete.
-  static NEMO_DEVICE void release(Barrier& empty) {
-    each_thread([&](int t) {
-      if (t % kLanes == 0) empty.arrive();
-    });
-  }
 };
 
 template <class T, int kColumns, Part kPart, bool kAcross>
 const char* run_product(Product& p, const Operands& operands, Stream stream) {
   using Kernel = ProductKernel<T, kColumns, kPart, kAcross>;
-  const char* refused = nullptr;
-  if (!Kernel::kGather) {
+  const char* refused = prepare_warpgroups<Kernel>();
+  if (refused == nullptr && !Kernel::kGather) {
     TensorShape a = operands.a;
     a.lines = kRows;
     refused = make_tensor_map<T>(a, p.a_map);

@@ -21,6 +21,10 @@ struct Store {
 
   static NEMO_DEVICE void store(const Product& p, const Place& at,
                                 PerThread<Sums<kColumns>>& sums) {
+    // Of E4M3: the weights' scale, if it is the expert's, and what the result is multiplied by.
+    float b_scale = 1.0f, inverse = 1.0f;
+    if (kScaled && !p.per_column) b_scale = p.b_scale[at.expert];
+    if (kScaled && kPart == Part::kUp) inverse = 1.0f / p.out_scale[at.expert];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       PerThread<Row> row;
@@ -40,7 +44,7 @@ struct Store {
             if (column >= kColumns) continue;
             const float* sum = sums[t].value + column / 8 * 4 + 2 * half;
             if constexpr (kScaled) {
-              word[i][t] = scaled(p, at, row[t], column + 2 * (t % 4), sum);
+              word[i][t] = scaled(p, at, row[t], column + 2 * (t % 4), sum, b_scale, inverse);
             } else if constexpr (kPart != Part::kDHidden) {
               const bool up = kPart == Part::kUp;
               word[i][t] = pack_halves<T>(up ? squared_relu(sum[0]) : sum[0],
@@ -82,18 +86,18 @@ struct Store {
 
   // The sums' columns, and of bytes the ones 8 further, packed.
   static NEMO_DEVICE uint32_t scaled(const Product& p, const Place& at, const Row& row, int column,
-                                     const float* sum) {
+                                     const float* sum, float b_scale, float inverse) {
     float v[4] = {sum[0], sum[1]};
     if constexpr (sizeof(Out) == 1) v[2] = sum[4], v[3] = sum[5];
-    const int64_t first = p.per_column ? offset(at.expert, p.b_width, p.first, 1) : at.expert;
 #pragma unroll
     for (int i = 0; i < kPiece / 4; ++i) {
       const int n = int(at.column) + column + i % 2 + i / 2 * 8;
-      const bool inside = n < int(p.columns);
-      v[i] = v[i] * (inside ? p.b_scale[first + (p.per_column ? n : 0)] : 0.0f) * row.scale;
+      if (p.per_column && n < int(p.columns)) {
+        b_scale = p.b_scale[offset(at.expert, p.b_width, p.first + n, 1)];
+      }
+      v[i] = v[i] * b_scale * row.scale;
     }
     if constexpr (sizeof(Out) == 1) {
-      const float inverse = 1.0f / p.out_scale[at.expert];
       uint32_t bytes = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

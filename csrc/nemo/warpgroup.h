@@ -59,6 +59,16 @@ struct Turn {
   }
 };
 
+// Whether this thread runs what the first thread of its warpgroup does. A thread that waits for a
+// barrier must be one that the barrier waits for: else it may miss two phases, which look like none.
+NEMO_DEVICE bool is_first() {
+#ifdef USE_CUDA
+  return threadIdx.x % kWarpgroup == 0;
+#else
+  return true;
+#endif
+}
+
 // Where a product reads an operand in shared memory, in lines of 128 bytes as TensorMap lays them.
 // Along the depth: a line is 64 of it for one row. Across: a line is 64 rows at one depth, and
 // `apart` bytes lie between blocks of 64 rows.
@@ -167,6 +177,19 @@ NEMO_DEVICE void turn_8_by_8(PerThread<uint32_t>& value) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(value.value));
 }
 
+// The sums of finished products: nothing that reads them may move up past the wait.
+template <int kColumns, int kMost>
+NEMO_DEVICE void settle(PerThread<Sums<kMost>>& sums) {
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) asm volatile("" : "+f"(sums.value.value[i])::"memory");
+}
+
+// One arrival per warp, for all its threads.
+NEMO_DEVICE void release(Barrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % kLanes == 0) empty.arrive();
+}
+
 // The value of the thread whose number differs in these bits, below 32.
 NEMO_DEVICE void exchange(PerThread<uint32_t>& value, int bits) {
   value.value = __shfl_xor_sync(0xFFFFFFFFu, value.value, bits);
@@ -185,7 +208,30 @@ __global__ void __launch_bounds__(Kernel::kWarpgroups* kWarpgroup, 1)
   __syncthreads();
   const int which = __shfl_sync(0xFFFFFFFFu, int(threadIdx.x) / kWarpgroup, 0);
   Kernel::run(params, blockIdx.x, gridDim.x, which, shared);
+#else
+  asm volatile("trap;");
 #endif
+}
+
+inline int device_attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, name, device);
+  return value;
+}
+
+// Before a tensor map is made, too, which needs the context that this sees to. Returns why the
+// device cannot run the kernel, or null.
+template <class Kernel>
+const char* prepare_warpgroups() {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9 ||
+      device_attribute(cudaDevAttrComputeCapabilityMinor) != 0) {
+    return "needs a device of compute capability 9.0";
+  }
+  const cudaError_t status =
+      cudaFuncSetAttribute(run_warpgroups<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           int(sizeof(typename Kernel::Shared)));
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 // One block per multiprocessor, at most `most`.
@@ -193,10 +239,7 @@ template <class Kernel>
 void launch_warpgroups(const typename Kernel::Params& params, int64_t most, Stream stream) {
   if (most <= 0) return;
   constexpr int kBytes = sizeof(typename Kernel::Shared);
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  cudaFuncSetAttribute(run_warpgroups<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const int count = device_attribute(cudaDevAttrMultiProcessorCount);
   run_warpgroups<Kernel><<<unsigned(smaller<int64_t>(count, most)),
                            Kernel::kWarpgroups * kWarpgroup, kBytes, stream>>>(params);
 }

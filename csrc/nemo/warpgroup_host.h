@@ -55,6 +55,8 @@ inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7)
 
 class Barrier {
  public:
+  ~Barrier() { require(missing_ == arrivals_ && bytes_ == 0, "a phase was left unfinished"); }
+
   void init(int arrivals) { arrivals_ = missing_ = arrivals; }
   void arrive() { change(1, 0); }
   void expect(int bytes) { change(1, bytes); }
@@ -220,11 +222,23 @@ inline void turn_8_by_8(PerThread<uint32_t>& value) {
   }
 }
 
+template <int, int kMost>
+void settle(PerThread<Sums<kMost>>&) {}
+
+inline void release(Barrier& empty) {
+  for (int warp = 0; warp < kWarpgroup / kLanes; ++warp) empty.arrive();
+}
+
 inline void exchange(PerThread<uint32_t>& value, int bits) {
   const PerThread<uint32_t> before = value;
   for (int thread = 0; thread < kWarpgroup; ++thread) {
     value[thread] = before.value[thread ^ bits];
   }
+}
+
+template <class Kernel>
+const char* prepare_warpgroups() {
+  return nullptr;
 }
 
 // Three blocks, so that each has several tiles to do.

@@ -17,7 +17,8 @@ const uint8_t* bytes(const Tensor& t) {
 
 template <class T>
 const char* run_wide_part(Product& p, const OnDevice& device) {
-  if (p.rows == 0 || p.width == 0 || p.depth == 0) return "expected something to multiply";
+  if (p.rows == 0 || p.width == 0) return nullptr;
+  if (p.depth == 0) return "expected something to multiply";
   switch (p.part) {
     case Part::kPlain: return run_wide<T, Part::kPlain>(p, device.stream());
     case Part::kUp: return run_wide<T, Part::kUp>(p, device.stream());
@@ -58,8 +59,12 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
   STD_TORCH_CHECK(codes.numel() == p.experts * unit_tiles * 512 &&
                       scales.numel() == p.experts * unit_tiles * 64,
                   "expected a weight in tiles of 16 x 64");
-  STD_TORCH_CHECK(p.part == Part::kPlain || (order && tile_row && order->numel() == p.rows),
+  STD_TORCH_CHECK(p.part == Part::kPlain || (order && offsets && tile_row &&
+                                             order->numel() == p.rows &&
+                                             tile_row->numel() == p.tiles),
                   "expected the route of every row");
+  STD_TORCH_CHECK(x.size(0) * (p.part == Part::kUp ? top_k : 1) >= p.rows,
+                  "expected a row per token to go up, else one per row of the result");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_row % 8 == 0 &&
                       p.depth % 16 == 0 && (x.stride(1) == 1 || p.depth <= 1),
                   "expected rows of x aligned to 16 bytes");

@@ -20,6 +20,7 @@ struct WideKernel {
   static constexpr int kRows = kGroups * kGroupRows, kTiles = kRows / 16;  // of the weight
   static constexpr int kCodes = 512, kScales = 64;  // bytes of a tile's 64 columns
   static constexpr int kBytesX = kWide * kBoxBytes;
+  static constexpr int kBringers = 2 * kTiles;  // threads: the first four of each warp
   static constexpr int kStages = (232448 - 1024) / (kBytesX + kTiles * (kCodes + kScales));
 
   struct Shared {
@@ -31,7 +32,7 @@ struct WideKernel {
 
   static NEMO_DEVICE void setup(Shared& shared) {
     for (int i = 0; i < kStages; ++i) {
-      shared.full[i].init(kGather ? 1 + kWarpgroup : 1);
+      shared.full[i].init(kBringers + (kGather ? kWarpgroup : 0));
       shared.empty[i].init(kGroups * kWarpgroup / kLanes);
     }
   }
@@ -53,20 +54,24 @@ struct WideKernel {
     return tiles * ceil_div(p.width, kRows);
   }
 
-  // Without rows: nothing to do.
+  // Without rows: nothing to do. Tiles without an expert are the last.
   static NEMO_DEVICE Place at_of(const Params& p, int64_t index) {
     const Place at = place<kWide, kRows>(p, index);
-    return at.expert < 0 || at.first < 0 ? Place{0, 0, 0, 0} : at;
+    return at.first < 0 ? Place{0, 0, 0, 0} : at;
   }
 
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
     constexpr int64_t kSize = sizeof(T);
+    if (!kGather && !brings_some()) return;
     Turn<kStages> turn;
     Gather<kWide> tokens;
     Copies<kStages> copies;
+    PerThread<const uint8_t*> from;
     for (int64_t index = block; index < places(p); index += blocks) {
       const Place at = at_of(p, index);
+      if (at.expert < 0) break;
       if (at.first >= at.end) continue;
+      each_thread([&](int t) { from[t] = source(p, at, t); });
       if constexpr (kGather) {
         tokens.point([&](int line) {
           const int64_t slot = slot_of(p, at, at.first + line);
@@ -78,27 +83,47 @@ struct WideKernel {
       for (int k = 0; k < p.depth; k += kDepth, turn.next()) {
         shared.empty[turn.stage].wait(turn.parity ^ 1);
         each_thread([&](int t) {
-          if (t == 0) bring_boxes(p, at, k, turn.stage, shared);
+          if (brings_some(t)) bring_some(p, at, k, t, from[t], turn.stage, shared);
           if constexpr (kGather) tokens.copy(t, shared.x[turn.stage], k * kSize, p.depth * kSize);
         });
         if constexpr (kGather) copies.asked(shared.full);
       }
+      if constexpr (kGather) copies.finish(shared.full);
     }
-    if constexpr (kGather) copies.finish(shared.full);
   }
 
-  static NEMO_DEVICE void bring_boxes(const Params& p, const Place& at, int k, int stage,
-                                      Shared& shared) {
+  static NEMO_DEVICE bool brings_some(int t) { return t % kLanes < 4; }
+  static NEMO_DEVICE bool brings_some() {
+#ifdef USE_CUDA
+    return brings_some(threadIdx.x % kWarpgroup);
+#else
+    return true;
+#endif
+  }
+
+  // Which tile of codes (0 to 7) or of scales (8 to 15) a thread brings.
+  static NEMO_DEVICE int piece_of(int t) { return t / kLanes * 4 + t % 4; }
+
+  // Where its first 64 columns lie; null where the weight has no such tile.
+  static NEMO_DEVICE const uint8_t* source(const Params& p, const Place& at, int t) {
+    const int piece = piece_of(t), tile = piece % kTiles;
+    const int64_t row = p.first_tile + at.row_block * kTiles + tile;
+    if (row >= p.weight_tiles) return nullptr;
+    const int64_t unit = (at.expert * p.weight_tiles + row) * ceil_div(p.depth, kDepth);
+    return piece < kTiles ? p.codes + unit * kCodes : p.scales + unit * kScales;
+  }
+
+  static NEMO_DEVICE void bring_some(const Params& p, const Place& at, int k, int t,
+                                     const uint8_t* from, int stage, Shared& shared) {
     Barrier& full = shared.full[stage];
-    const int64_t first = p.first_tile + at.row_block * kTiles, units = ceil_div(p.depth, kDepth);
-    const int tiles = int(smaller<int64_t>(p.weight_tiles - first, kTiles));
-    full.expect(tiles * (kCodes + kScales) + (kGather ? 0 : kBytesX));
-    if constexpr (!kGather) load_box(shared.x[stage], p.x_map, full, k, int(at.first), 0);
-    for (int i = 0; i < tiles; ++i) {
-      const int64_t unit = (at.expert * p.weight_tiles + first + i) * units + k / kDepth;
-      copy_bulk(shared.codes[stage][i], p.codes + unit * kCodes, kCodes, full);
-      copy_bulk(shared.scales[stage][i], p.scales + unit * kScales, kScales, full);
-    }
+    const int piece = piece_of(t), tile = piece % kTiles;
+    const int bytes = from == nullptr ? 0 : piece < kTiles ? kCodes : kScales;
+    const bool rows = !kGather && piece == 0;
+    full.expect(bytes + (rows ? kBytesX : 0));
+    if (rows) load_box(shared.x[stage], p.x_map, full, k, int(at.first), 0);
+    if (bytes == 0) return;
+    uint8_t* to = piece < kTiles ? shared.codes[stage][tile] : shared.scales[stage][tile];
+    copy_bulk(to, from + int64_t(k / kDepth) * bytes, bytes, full);
   }
 
   static NEMO_DEVICE void multiply_all(const Params& p, int64_t block, int64_t blocks, int group,
@@ -106,6 +131,7 @@ struct WideKernel {
     Turn<kStages> turn;
     for (int64_t index = block; index < places(p); index += blocks) {
       const Place at = at_of(p, index);
+      if (at.expert < 0) break;
       if (at.first >= at.end) continue;
       PerThread<Sums<kWide>> sums;
       if (at.end - at.first > kWide / 2) {
@@ -136,10 +162,9 @@ struct WideKernel {
       }
       commit_products();
       wait_products<0>();
-      each_thread([&](int t) {
-        if (t % kLanes == 0) shared.empty[turn.stage].arrive();
-      });
+      release(shared.empty[turn.stage]);
     }
+    settle<kColumns>(sums);
   }
 
   // Rows g and g + 8 of a tile, columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of each of its four blocks:
@@ -213,8 +238,8 @@ struct WideKernel {
 template <class T, Part kPart>
 const char* run_wide(Product& p, Stream stream) {
   using Kernel = WideKernel<T, kPart>;
-  const char* refused = nullptr;
-  if (!Kernel::kGather) {
+  const char* refused = prepare_warpgroups<Kernel>();
+  if (refused == nullptr && !Kernel::kGather) {
     const int64_t row = p.x_row * int64_t(sizeof(T));
     refused = make_tensor_map<T>({p.x, {p.depth, p.rows, 1}, {row, p.rows * row}, kWide}, p.x_map);
   }
