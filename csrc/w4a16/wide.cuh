@@ -54,12 +54,6 @@ struct WideKernel {
     return tiles * ceil_div(p.width, kRows);
   }
 
-  // Without rows: nothing to do. Tiles without an expert are the last.
-  static NEMO_DEVICE Place at_of(const Params& p, int64_t index) {
-    const Place at = place<kWide, kRows>(p, index);
-    return at.first < 0 ? Place{0, 0, 0, 0} : at;
-  }
-
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
     constexpr int64_t kSize = sizeof(T);
     if (!kGather && !brings_some()) return;
@@ -68,8 +62,8 @@ struct WideKernel {
     Copies<kStages> copies;
     PerThread<const uint8_t*> from;
     for (int64_t index = block; index < places(p); index += blocks) {
-      const Place at = at_of(p, index);
-      if (at.expert < 0) break;
+      const Place at = place<kWide, kRows>(p, index);
+      if (at.expert < 0) break;  // so have all tiles behind
       if (at.first >= at.end) continue;
       each_thread([&](int t) { from[t] = source(p, at, t); });
       if constexpr (kGather) {
@@ -130,7 +124,7 @@ struct WideKernel {
                                        Shared& shared) {
     Turn<kStages> turn;
     for (int64_t index = block; index < places(p); index += blocks) {
-      const Place at = at_of(p, index);
+      const Place at = place<kWide, kRows>(p, index);
       if (at.expert < 0) break;
       if (at.first >= at.end) continue;
       PerThread<Sums<kWide>> sums;
