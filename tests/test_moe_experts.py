@@ -35,7 +35,7 @@ def by_token(x, up, down, weights, experts):
     """One token and one slot at a time, rounding to x's dtype after every operation."""
     rows = []
     for t in range(x.shape[0]):
-        total = torch.zeros_like(x[t], dtype=weights.dtype)
+        total = torch.zeros_like(x[t], dtype=weights[t].dtype)
         for w, e in zip(weights[t], experts[t].tolist()):
             h = (up[e] @ x[t]).clamp(min=0)
             total = total + w * (down[e] @ (h * h))

@@ -40,15 +40,8 @@ def make(tokens, experts, dtype=torch.float64, width=10, hidden=7):
 
 
 def by_token(x, up, down, weights, numbers, starts):
-    """One token and one slot at a time, rounding to x's dtype after every operation."""
-    rows = []
-    for t, (first, end) in enumerate(zip(starts.tolist(), starts[1:].tolist())):
-        total = torch.zeros_like(x[t], dtype=weights.dtype)
-        for w, e in zip(weights[first:end], numbers[first:end].tolist()):
-            h = (up[e] @ x[t]).clamp(min=0)
-            total = total + w * (down[e] @ (h * h))
-        rows.append(total.to(x.dtype))
-    return torch.stack(rows) if rows else x.new_zeros(x.shape)
+    counts = starts.diff().tolist()
+    return by_regular_token(x, up, down, weights.split(counts), numbers.split(counts))
 
 
 def call(x, up, down, weights, route):
