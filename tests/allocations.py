@@ -1,4 +1,4 @@
-"""What is allocated while something runs."""
+"""What is allocated while something runs, and what is kept for its backward."""
 
 import weakref
 
@@ -32,3 +32,20 @@ class Allocations(TorchDispatchMode):
 
     def _gone(self, size):
         self.live -= size
+
+
+def kept_beside(given, run):
+    """Bytes that ``run()`` saves for its backward, beside the memory of the ``given`` tensors."""
+    known = {t.untyped_storage().data_ptr() for t in given}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    assert out.requires_grad
+    return sum(kept.values())

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from allocations import kept_beside
 
 from nemokernels import (
     FP8Experts,
@@ -166,18 +167,8 @@ def test_keeps_no_more_than_input_hidden_and_routing():
     """For the backward, beside the parameters: no row of x is kept twice."""
     x, up, down, route = make(12, 4, 3, torch.float32)
     leaves = [t.requires_grad_() for t in (x, up, down, route.weights)]
-    given = {t.untyped_storage().data_ptr() for t in (*leaves, *route)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call(*leaves, route)
-    assert out.requires_grad and sum(kept.values()) == 12 * 3 * up.shape[1] * 4
+    kept = kept_beside((*leaves, *route), lambda: call(*leaves, route))
+    assert kept == 12 * 3 * up.shape[1] * 4
 
 
 def test_nan_token_does_not_spread():

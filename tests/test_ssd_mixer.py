@@ -3,6 +3,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import kept_beside
 from torch.utils.checkpoint import checkpoint
 
 from nemokernels import mamba_split_conv1d_scan_combined as mixer
@@ -174,20 +175,7 @@ def test_compiles_to_one_graph(cast):
 
 
 def kept_by(args, **options):
-    """What is saved beside the arguments: storage -> bytes."""
-    given = {t.untyped_storage().data_ptr() for t in args.values()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run(args, norm_before_gate=False, **options)
-    assert out.requires_grad
-    return sum(kept.values())
+    return kept_beside(args.values(), lambda: run(args, norm_before_gate=False, **options))
 
 
 @pytest.mark.parametrize("gated_by", ["norm", "norm, then projection", "scan"])
