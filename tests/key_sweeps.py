@@ -233,7 +233,8 @@ SWEEPS = (
     Sweep(
         moe_route,
         ({}, dict(n_group=4, topk_group=2)),
-        most={"moe_route_order_kernel": 2},  # few slots by one program, many by several
+        # Few slots are counted and sorted by one program, many by several.
+        most={"moe_route_choose_kernel": 2, "moe_route_order_kernel": 2},
     ),
     Sweep(
         cross_entropy,

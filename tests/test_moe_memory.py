@@ -82,9 +82,10 @@ def launched(function):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("tokens", [1, 8, 64, 16384])
 def test_launches(name, tokens):
-    """Weights and ids in one; up to 1024 slots their counts, ends and order in a second, else in
-    three, whose pieces run side by side. Then the table of tiles and the two products, of which
-    the second and its sum are as many as there are passes."""
+    """Up to 1024 slots weights and ids in one, counts, ends and order in a second. Else weights,
+    ids and counts in one, after what they are added to is zeroed; ends and order in two, whose
+    pieces run side by side. Then the table of tiles and the two products, of which the second and
+    its sum are as many as there are passes."""
     from nemokernels.ops.moe_experts import kernel
     from nemokernels.ops.moe_route import kernel as routing
     from nemokernels.ops.moe_route import op as moe_route
@@ -93,9 +94,9 @@ def test_launches(name, tokens):
     slots, logits = tokens * k, meta(tokens, E, dtype=torch.float32)
     planned = moe_route.plan(tokens, E, k, "", ("triton",), 132)
     names = launched(lambda: routing.forward(logits, logits[0], k, 1, 1, True, 2.5, planned))
-    few = slots <= 1024
-    sort = ["route_order"] if few else ["route_count", "route_scan", "route_order"]
-    assert names == ["route_choose", *sort]
+    few = ["route_choose", "route_order"]
+    many = ["route_clear", "route_choose", "route_scan", "route_order"]
+    assert names == (few if slots <= 1024 else many)
     config = op.plan(slots, E, BF16, False, "", ("triton",), (9, 0))
     names = launched(lambda: kernel.forward(*layer(name, tokens), config))
     columns = columns_at_once(slots, X, 2, config.rows.columns, SLOT_BYTES)

@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for Hopper and Blackwell, and takes no more than it took before."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_resources(family, label, arch):
     assert measured, "nothing was launched"
     assert measured.keys() == rows.keys(), "run `python tests/triton_compile.py --update`"
     # What Triton knows to be wrong it leaves out: a kernel of four registers does nothing.
-    assert all(row["registers"] > 8 for row in measured.values()), "code is missing"
+    assert all(row["registers"] > 4 for row in measured.values()), "code is missing"
     if triton.__version__ == TABLE["triton"]:
         for name, row in measured.items():
             more = {what: (rows[name][what], now) for what, now in row.items()
@@ -63,6 +64,18 @@ def test_a_mixer_of_every_model_loads_slices_by_tma():
         sizes = kernel.layout(x, B, None, None, chunk=64, block_p=64, tma=True)
         assert kernel._settle(sizes, x, B, C).TMA, name
     assert len(models) > 5
+
+
+@pytest.mark.parametrize("arch", triton_compile.ARCHS)
+@pytest.mark.parametrize("label", ["128 experts, top 6", "512 experts, top 22"])
+def test_a_router_counts_without_an_answer(label, arch):
+    """A slot is added to the counts and to those of its piece; nothing waits for the sums."""
+    with triton_compile.compile_only(arch) as kernels:
+        LAUNCHES["moe_route", label]()
+    (choose,) = (k for k in kernels if k.name == "moe_route_choose_kernel")
+    atomics = re.findall(r"\b(?:ATOM|RED)\w*\.[\w.]*", triton_compile.dump(choose, "sass"))
+    assert atomics == ["REDG.E.ADD.STRONG.GPU"] * 2
+    assert len(re.findall(r"atom\.global\.gpu\.relaxed\.add\.u32", choose.asm["ptx"])) == 2
 
 
 def test_table_has_no_other_rows():

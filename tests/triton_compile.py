@@ -59,13 +59,18 @@ def compile_only(arch):
         driver._active = before
 
 
-def resources(kernel):
-    """Registers per thread, bytes of stack per thread (spills), bytes of shared memory."""
+def dump(kernel, what):
+    """What the tool says of a kernel: ``"resource-usage"``, or ``"sass"``, its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([TOOL, "--dump-resource-usage", file.name], check=True,
+        return subprocess.run([TOOL, f"--dump-{what}", file.name], check=True,
                               capture_output=True, text=True).stdout  # fmt: skip
+
+
+def resources(kernel):
+    """Registers per thread, bytes of stack per thread (spills), bytes of shared memory."""
+    text = dump(kernel, "resource-usage")
     registers, stack = re.search(rf"Function {kernel.name}:\s+REG:(\d+) STACK:(\d+)", text).groups()
     return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
 

@@ -84,7 +84,7 @@ def nvfp4_linear():
 
 
 def router():
-    config = moe_route.Config("triton", 4, 1, 16, 16)
+    config = moe_route.Config("triton", 4, 1, 16, 12)  # in three pieces
 
     def run(logits, bias, dweights):
         weights, chosen, *rest = routing.forward(logits, bias, 3, 4, 2, True, 2.5, config)

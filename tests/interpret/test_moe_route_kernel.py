@@ -135,23 +135,72 @@ def test_the_gradient_of_what_is_no_expert_stays_in_bounds():
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("slots", [0, 1, 127, 128, 129, 1025, 2300])
-@pytest.mark.parametrize("pieces", ["planned", 128, 384])
-def test_sorting(slots, pieces):
-    config = config_of(slots, 20, 1)
-    if pieces != "planned":
-        config = op.Config("triton", 1, 1, 64, pieces)
-    for chosen in (torch.randint(0, 20, (slots, 1)), torch.full((slots, 1), 19),
-                   torch.arange(slots)[:, None] % 3):  # fmt: skip
-        got = kernel.group_rows(chosen.int(), 20, config)
+def in_pieces(rows, top_k, programs=1):
+    """A piece is what so many programs choose, each for so many tokens."""
+    return op.Config("triton", rows, 1, 16, programs * rows * top_k)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 129, 450])
+@pytest.mark.parametrize("programs", [1, 2, 6])
+def test_sorting(tokens, programs):
+    config = op.Config("triton", 64, 1, 64, programs * 64)
+    for chosen in (torch.randint(0, 20, (tokens,)), torch.full((tokens,), 19),
+                   torch.arange(tokens) % 3):  # fmt: skip
+        logits = 9.0 * torch.nn.functional.one_hot(chosen, 20).float()
+        _, experts, *got = kernel.forward(logits, None, 1, 1, 1, False, 1.0, config)
+        assert torch.equal(experts[:, 0], chosen.int())
         want = ref.group_rows(chosen, 20)
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want))
 
 
 def test_sorting_in_more_pieces_than_are_scanned_at_once():
-    chosen = torch.randint(0, 20, (64 * (kernel.SCAN_ROWS + 2), 1))
-    got = kernel.group_rows(chosen.int(), 20, op.Config("triton", 1, 1, 64, 64))
-    assert all(torch.equal(a, b) for a, b in zip(got, ref.group_rows(chosen, 20)))
+    compare(spread(8 * (kernel.SCAN_ROWS + 2) - 3, 20), None, 2, config=in_pieces(8, 2))
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("tokens", [3, 4, 5, 11, 12, 13, 23, 24, 25])
+def test_pieces(tokens, programs):
+    """Below, at and above what a program of four tokens chooses, and a piece of several."""
+    config = in_pieces(4, 3, programs)
+    compare(spread(tokens, 12), 0.01 * torch.randn(12), 3, config=config)
+    compare(spread(tokens, 15), None, 3, 5, 3, config=config)
+    compare(torch.zeros(tokens, 16), None, 3, config=config)  # all to the first three
+    counts = compare(spread(tokens, 3), None, 3, config=config)[2]
+    assert counts.tolist() == [tokens] * 3
+
+
+@pytest.mark.parametrize("experts, top_k, n_group, tokens",
+                         [(128, 6, 1, 9), (512, 22, 1, 3), (256, 8, 8, 5)])  # fmt: skip
+def test_pieces_of_the_models(experts, top_k, n_group, tokens):
+    rows = op.plan(tokens, experts, top_k, "", ("triton",), 132).rows
+    bias = torch.linspace(0, 1e-4, experts)
+    for programs in (1, 2):
+        compare(spread(tokens, experts), bias, top_k, n_group, max(n_group // 2, 1),
+                config=in_pieces(rows, top_k, programs))  # fmt: skip
+
+
+def test_pieces_as_planned():
+    config = config_of(49, 32, 22)
+    assert config.piece < 49 * 22
+    compare(spread(49, 32), None, 22, config=config)
+
+
+def test_many_tokens_that_are_not_numbers():
+    logits = spread(30, 12)
+    logits[3, 5] = logits[4] = logits[-1, 7] = NAN
+    args = (logits, None, 3, 1, 1, True, 2.5)
+    got, want = kernel.forward(*args, in_pieces(4, 3, 2)), ref.forward(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:]))
+    assert torch.equal(got[0].isnan(), want[0].isnan()) and got[2].sum() == 90
+
+
+def test_the_counts_keep_nothing_else():
+    """Outputs share no memory, and none keeps the table of the pieces; a repeat has their bits."""
+    args = (spread(30, 12), None, 3, 1, 1, True, 2.5, in_pieces(4, 3))
+    first, again = kernel.forward(*args), kernel.forward(*args)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert [t.untyped_storage().nbytes() for t in first] == [4 * t.numel() for t in first]
+    assert len({t.data_ptr() for t in first}) == 5
 
 
 def test_no_tokens():
@@ -166,8 +215,14 @@ def test_plan():
     everywhere = ("triton", "reference")
     assert op.plan(16384, 128, 6, "", everywhere, 132) == op.Config("triton", 4, 4, 64, 384)
     assert op.plan(16384, 512, 22, "", everywhere, 132) == op.Config("triton", 1, 1, 64, 1408)
+    assert op.plan(1024, 512, 22, "", everywhere, 132).piece == 5 * 22  # of two blocks, 128
+    assert op.plan(300, 32, 22, "", everywhere, 132).piece == 4 * 22  # no less than a program's
     assert op.plan(64, 128, 6, "", everywhere, 132).piece == 384
     assert op.plan(0, 128, 6, "", everywhere, 132).piece == 64
+    for tokens, lanes, top_k in ((171, 128, 6), (999, 16, 3), (5000, 64, 7), (2**26, 512, 22)):
+        config, slots = op.plan(tokens, lanes, top_k, "", everywhere, 132), tokens * top_k
+        assert config.piece % (config.rows * top_k) == 0 and config.piece < slots
+        assert _triton.cdiv(slots, config.piece) <= 4 * 132
     assert "2048 experts, got 4096" in op.plan(8, 4096, 6, "", everywhere, 132).reason
     with pytest.raises(RuntimeError, match="got float64"):
         op.plan(8, 128, 6, "got float64", ("triton",), 132)

@@ -1,10 +1,13 @@
-"""Triton kernels of moe_route: one chooses and weighs, one or three sort the slots by expert.
+"""Triton kernels of moe_route: one chooses, weighs and counts, one or two more sort the slots.
 
 T tokens, E experts, k slots per token, R = T * k. Every expert is a lane: group g of SPAN lanes
 holds the experts from ``g * group_size`` on, so lanes and experts are in the same order.
 
 Sorting is by counting. The slots are cut into pieces; each piece's rows for an expert follow those
-of the pieces before it, so the order is that of the slots whatever order the programs run in.
+of the pieces before it, so the order is that of the slots whatever order the programs run in. Row p
+of a table counts the slots of piece p that chose each expert. A piece is what a number of choosing
+programs choose, so that they count while the ids are in registers; sums of integers do not depend
+on the order of the atomics. A lone piece is counted by the program that sorts it.
 """
 
 from __future__ import annotations
@@ -43,13 +46,26 @@ def _pack(rank, low):
     return (rank.to(tl.int64) << 32) | low.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def moe_route_clear_kernel(counts_ptr, table_ptr, experts, LANES: tl.constexpr):
+    # Zeroes what the choosing programs add to.
+    lane = tl.arange(0, LANES)
+    zero = tl.zeros((LANES,), tl.int32)
+    tl.store(table_ptr + offset64(tl.program_id(0), LANES) + lane, zero)
+    if tl.program_id(0) == 0:
+        tl.store(counts_ptr + lane, zero, mask=lane < experts)
+
+
+@triton.jit(do_not_specialize=["tokens", "share"])
 def moe_route_choose_kernel(
     logits_ptr,
     bias_ptr,
     weights_ptr,
     experts_ptr,
+    counts_ptr,
+    table_ptr,
     tokens,
+    share,
     group_size,
     n_group,
     scale,
@@ -64,8 +80,10 @@ def moe_route_choose_kernel(
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
-    # KEPT: groups kept, 0 for all. PAIR: groups have two experts or more.
+    # KEPT: groups kept, 0 for all. PAIR: groups have two experts or more. COUNTED: the width of the
+    # table, 0 for a lone piece; every ``share`` programs choose for a piece.
     LANES: tl.constexpr = GROUPS * SPAN
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
@@ -112,6 +130,10 @@ def moe_route_choose_kernel(
     at = offset64(token, TOP_K)[:, None] + slot[None, :]
     tl.store(weights_ptr + at, s * scale, mask=mask)
     tl.store(experts_ptr + at, chosen, mask=mask)
+    if COUNTED > 0:
+        piece_ptr = table_ptr + offset64(tl.program_id(0) // share, COUNTED)
+        tl.atomic_add(counts_ptr + chosen, 1, mask=mask, sem="relaxed")
+        tl.atomic_add(piece_ptr + chosen, 1, mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -167,27 +189,11 @@ def _count(experts_ptr, begin, end, LANES: tl.constexpr, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["slots"])
-def moe_route_count_kernel(
-    experts_ptr, table_ptr, slots, piece, LANES: tl.constexpr, BLOCK: tl.constexpr
-):
-    # Row p of the table: how many slots of piece p chose each expert.
-    begin = tl.program_id(0) * piece
-    total = _count(experts_ptr, begin, tl.minimum(begin + piece, slots), LANES, BLOCK)
-    tl.store(table_ptr + offset64(tl.program_id(0), LANES) + tl.arange(0, LANES), total)
-
-
 @triton.jit(do_not_specialize=["pieces"])
 def moe_route_scan_kernel(
-    table_ptr,
-    counts_ptr,
-    pieces,
-    experts,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    table_ptr, pieces, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    # Replaces every column by the sums of what is above; the sum of all of it goes to counts.
+    # Replaces every column by the sums of what is above.
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.int32)
     for start in range(0, pieces, ROWS):
@@ -198,10 +204,9 @@ def moe_route_scan_kernel(
         before = tl.cumsum(count, 0) - count + total[None, :]
         tl.store(table_ptr + at, before, mask=mask)
         total += tl.sum(count, 0)
-    tl.store(counts_ptr + column, total, mask=column < experts)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "piece"])
 def moe_route_order_kernel(
     experts_ptr,
     table_ptr,
@@ -217,7 +222,7 @@ def moe_route_order_kernel(
 ):
     # ALONE: the only program, which counts for itself.
     begin = tl.program_id(0) * piece
-    end = tl.minimum(begin + piece, slots)
+    end = begin + tl.minimum(piece, slots - begin)
     lane = tl.arange(0, LANES)
     if ALONE:
         counts = _count(experts_ptr, begin, end, LANES, BLOCK)
@@ -244,40 +249,36 @@ def moe_route_order_kernel(
 def forward(logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale, config):
     """As ref.forward."""
     tokens, experts = logits.shape
-    group_size = experts // n_group
+    slots, group_size, lanes = tokens * top_k, experts // n_group, _triton.next_power_of_2(experts)
+    pieces = max(cdiv(slots, config.piece), 1)
+    integers = lambda *shape: logits.new_empty(shape, dtype=torch.int32)  # noqa: E731
     weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
-    chosen = logits.new_empty((tokens, top_k), dtype=torch.int32)
+    chosen, order = integers(tokens, top_k), integers(slots)
+    counts, offsets = integers(experts), integers(experts)
+    # No row of it is an output: who keeps the counts must not keep a table of all pieces.
+    table = integers(pieces if pieces > 1 else 0, lanes)
+    if pieces > 1:
+        moe_route_clear_kernel[(pieces,)](counts, table, experts, LANES=lanes, num_warps=4)
     if tokens:
         bias = contiguous(correction_bias)
         moe_route_choose_kernel[(cdiv(tokens, config.rows),)](
-            logits, bias, weights, chosen, tokens, group_size, n_group, scale, *logits.stride(),
+            logits, bias, weights, chosen, counts, table, tokens,
+            config.piece // (config.rows * top_k), group_size, n_group, scale, *logits.stride(),
             HAS_BIAS=bias is not None, NORM=norm_topk_prob,
             GROUPS=_triton.next_power_of_2(n_group), SPAN=_triton.next_power_of_2(group_size),
             KEPT=topk_group if topk_group < n_group else 0, PAIR=group_size > 1, TOP_K=top_k,
-            SLOTS=_triton.next_power_of_2(top_k), ROWS=config.rows, num_warps=config.num_warps,
+            SLOTS=_triton.next_power_of_2(top_k), ROWS=config.rows,
+            COUNTED=lanes if pieces > 1 else 0, num_warps=config.num_warps,
         )  # fmt: skip
-    return weights, chosen, *group_rows(chosen, experts, config)
-
-
-def group_rows(chosen, experts, config):
-    """As ref.group_rows."""
-    slots, lanes = chosen.numel(), _triton.next_power_of_2(experts)
-    counts, offsets = chosen.new_empty(experts), chosen.new_empty(experts)
-    order = chosen.new_empty(slots)
-    block, piece = config.block, config.piece
-    pieces = max(cdiv(slots, piece), 1)
-    table = chosen.new_empty((pieces, lanes) if pieces > 1 else (0, lanes))
-    sizes = dict(LANES=lanes, BLOCK=block, num_warps=4)
     if pieces > 1:
-        moe_route_count_kernel[(pieces,)](chosen, table, slots, piece, **sizes)
         moe_route_scan_kernel[(cdiv(lanes, SCAN_COLUMNS),)](
-            table, counts, pieces, experts, LANES=lanes, ROWS=SCAN_ROWS, COLUMNS=SCAN_COLUMNS,
-            num_warps=4,
-        )  # fmt: skip
+            table, pieces, LANES=lanes, ROWS=SCAN_ROWS, COLUMNS=SCAN_COLUMNS, num_warps=4
+        )
     moe_route_order_kernel[(pieces,)](
-        chosen, table, counts, offsets, order, slots, piece, experts, ALONE=pieces == 1, **sizes
-    )
-    return counts, offsets, order
+        chosen, table, counts, offsets, order, slots, config.piece, experts, ALONE=pieces == 1,
+        LANES=lanes, BLOCK=config.block, num_warps=4,
+    )  # fmt: skip
+    return weights, chosen, counts, offsets, order
 
 
 def backward(dweights, logits, experts, norm_topk_prob, scale, config):

@@ -20,7 +20,7 @@ class Config:
     """Which backend runs and how it is launched; why not Triton if it is the reference.
 
     A program chooses for ``rows`` tokens. The slots are sorted in pieces of ``piece``, ``block`` at
-    a time.
+    a time. If there are several, a piece is what a whole number of programs choose.
     """
 
     backend: str
@@ -53,7 +53,10 @@ def plan(
     block = 64
     blocks = max(_triton.cdiv(tokens * top_k, block), 1)
     pieces = 1 if blocks <= 16 else min(blocks, 2 * processors)
-    return Config("triton", rows, rows, block, _triton.cdiv(blocks, pieces) * block)
+    piece = _triton.cdiv(blocks, pieces) * block
+    if pieces > 1:
+        piece = max(piece // (rows * top_k), 1) * rows * top_k
+    return Config("triton", rows, rows, block, piece)
 
 
 def _plan(logits, top_k, n_group, *others) -> Config:
