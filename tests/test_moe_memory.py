@@ -11,8 +11,8 @@ import torch
 from allocations import Allocations
 
 from nemokernels.ops.moe_experts import op
-from nemokernels.ops.moe_experts.passes import SLOT_BYTES, columns_at_once, in_passes
-from nemokernels.ops.moe_route.ref import group_rows
+from nemokernels.ops.moe_experts.passes import SLOT_BYTES, at_once, in_passes
+from nemokernels.ops.nvfp4.ref import swizzled_shape
 from nemokernels.ops.nvfp4_gemm import op as nvfp4_gemm
 from nemokernels.ops.nvfp4_gemm import ref as nvfp4_ref
 from nemokernels.ops.w4a16 import op as w4a16
@@ -99,7 +99,7 @@ def test_launches(name, tokens):
     assert names == (few if slots <= 1024 else many)
     config = op.plan(slots, E, BF16, False, "", ("triton",), (9, 0))
     names = launched(lambda: kernel.forward(*layer(name, tokens), config))
-    columns = columns_at_once(slots, X, 2, config.rows.columns, SLOT_BYTES)
+    columns = at_once(X, 2 * slots, config.rows.columns, SLOT_BYTES)
     passes = ["experts_rows", "experts_slot_sum"] * -(-X // columns)
     assert names == ["experts_tiles", "experts_rows", *passes]
 
@@ -165,8 +165,8 @@ def test_a_pass_that_is_too_wide_is_seen():
 
 
 def test_columns_at_once():
-    of = lambda slots, width, unit=256, most=SLOT_BYTES: columns_at_once(  # noqa: E731
-        slots, width, 2, unit, most
+    of = lambda slots, width, unit=256, most=SLOT_BYTES: at_once(  # noqa: E731
+        width, 2 * slots, unit, most
     )
     assert of(8 * 6, 2688) == 2816  # whole tiles, one pass
     assert of(16384 * 6, 2688) == 1536  # two passes: 6 and 5 tiles
@@ -198,21 +198,53 @@ def test_passes_cover_every_column_once():
     assert widths == [48, 48, 4] and torch.equal(out, source.view(3, 2, 100).sum(1))
 
 
-def test_nvfp4_activations_in_passes():
-    """The composition around the block-scaled product: the same bits, and columns bounded."""
-    make, cpu = nvfp4_gemm._example_experts_weights, torch.device("cpu")
-    up, down, scale = make(cpu, 96, 320), make(cpu, 320, 96), torch.full((1,), 3 / 2688)
-    x, chosen = torch.randn(9, 320).bfloat16(), torch.rand(9, 4).argsort(1)[:, :2]
-    _, offsets, order = group_rows(chosen, 4)
-    args = (x, scale, *up, scale.expand(4), *down, torch.rand(9, 2), offsets, order)
+def nvfp4_swizzled(E, rows, columns):
+    scales = byte(*swizzled_shape((E, rows, columns // 16)))
+    return byte(E, rows, columns // 2), scales, meta(E, dtype=torch.float32)
+
+
+def follow_nvfp4(name, tokens, most=SLOT_BYTES):
+    """What experts of NVFP4 activations allocate, and the sizes of their products."""
+    E, k, X, F = MODELS[name]
+    x, *_, weights, offsets, order, _ = layer(name, tokens)
     made = []
 
-    def product(*args):
-        made.append(nvfp4_ref.grouped_product(*args))
-        return made[-1]
+    def multiply(a, a_scales, b, b_scales, alpha, offsets, squared_relu, first, out):
+        assert a.shape == (out.shape[0], b.shape[2]) and first + out.shape[1] <= b.shape[1]
+        assert a_scales.shape[0] == nvfp4_ref.padded_rows(a.shape[0], E)
+        made.append((*out.shape, squared_relu))
 
-    few, all_ = (
-        nvfp4_ref.compose(product, *args, slot_bytes=most) for most in (18 * 128 * 2, 2**40)
-    )
-    assert torch.equal(few, all_) and few.any()
-    assert [t.shape[1] for t in made] == [96, 128, 128, 64, 96, 320]
+    up, down, scale = nvfp4_swizzled(E, F, X), nvfp4_swizzled(E, X, F), meta(E, dtype=torch.float32)
+    args = (x, scale[:1], *up, scale, *down, weights, offsets, order)
+    return follow(lambda: nvfp4_ref.compose(
+        multiply, *args, quantize=nvfp4_gemm.quantize, combine=nvfp4_gemm.add_up, slot_bytes=most
+    )), made  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [8, 1024, 16384, 65536])
+@pytest.mark.parametrize("name", MODELS)
+def test_nvfp4_activations(name, tokens):
+    """y and 4.5 bits per element of the hidden layer, whose tiles of scales are padded. Beside them
+    no more than the bound for rows that enter the experts, and then for rows that leave them."""
+    E, k, X, F = MODELS[name]
+    slots, (seen, made) = tokens * k, follow_nvfp4(name, tokens)
+    padded = min(slots, E) * 128  # rows
+    wanted = tokens * X * 2 + slots * F // 2 + (slots + padded) * F // 16
+    bound = max(SLOT_BYTES, slots * 128 * 2)
+    held = seen.peak - wanted
+    assert held <= bound + padded * X // 16 + 20 * slots + 64 * E
+    hidden, y = ([m for m in made if m[2] == up] for up in (True, False))
+    assert sum(rows for rows, *_ in hidden) == slots and {m[1] for m in hidden} == {F}
+    assert sum(columns for _, columns, _ in y) == X and {m[0] for m in y} == {slots}
+    assert all(rows % 128 == 0 for rows, *_ in hidden[:-1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nvfp4_activations_have_no_copy_per_slot(name):
+    """Beside y, and codes and scales of the hidden layer, nothing has X or F for all rows."""
+    E, k, X, F = MODELS[name]
+    slots, most = 8192 * k, 32 << 20
+    seen, made = follow_nvfp4(name, 8192, most)
+    for kept in (8192 * X * 2, slots * F // 2, nvfp4_ref.padded_rows(slots, E) * F // 16):
+        seen.sizes.remove(kept)
+    assert max(seen.sizes) <= max(most, slots * 128 * 2) < slots * X // 2 and len(made) > 8

@@ -191,6 +191,29 @@ def test_a_square_is_rounded_once():
     assert not torch.equal(square.to(BF16), wide.to(BF16).relu().square())
 
 
+@pytest.mark.parametrize("counts", [(128, 0, 130, 142), (0, 399, 0, 1), (1, 127, 255, 17)])
+def test_pieces_of_the_rows_have_the_same_bits(counts):
+    """In float64 no product and no sum is rounded, whatever they are multiplied beside."""
+    (_, up), (_, down) = experts_of(4, 160, 48)
+    offsets, order = torch.tensor(counts).cumsum(0).int(), torch.randperm(400).int()
+    x, weights = torch.randn(200, 160, dtype=F64), torch.rand(200, 2, dtype=F64)
+    args = x, up.input_scale, *up[:3], down.input_scale, *down[:3], weights, offsets, order
+    each, sizes, results = 160 + 48 * 9, [], []
+
+    def multiply(*args):
+        sizes[-1].append(args[-1].shape)
+        assert args[5][-1] == len(args[0]) and (args[5].diff() >= 0).all()
+        return ref.grouped_product(*args)
+
+    for most in (2**40, 1, 272 * each):
+        sizes.append([])
+        results.append(ref.compose(multiply, *args, slot_bytes=most))
+    few = [(128, 48)] * 3 + [(16, 48)]
+    assert sizes == [[(400, 48), (400, 160)], few + [(400, 128), (400, 32)],
+                     [(256, 48), (144, 48), (400, 128), (400, 32)]]  # fmt: skip
+    assert all(torch.equal(results[0], y) for y in results[1:]) and results[0].any(1).all()
+
+
 def test_experts_round_to_the_dtype_of_x():
     (_, up), (_, down) = experts_of(4, 32, 48)
     x, route = torch.randn(9, 32), moe_route(torch.randn(9, 4), top_k=2)
@@ -233,7 +256,7 @@ def test_which_devices_have_the_matrix_units(monkeypatch):
         assert "10.x or 12.x, this device has {}.{}".format(*capability) in op.no_matrix_units(
             capability
         )
-    monkeypatch.setattr(op._triton, "cuda_reason", lambda device: None)
+    monkeypatch.setattr(op._triton, "reason", lambda device: None)
     monkeypatch.setattr(op._ext, "reason", lambda device: "the CUDA library is not built")
     for capability, why in (((9, 0), "10.x or 12.x, this device has 9.0"), ((12, 0), "not built")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)

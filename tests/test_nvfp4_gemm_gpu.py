@@ -102,6 +102,28 @@ def test_repeats_and_graph():
     assert on_gpu.same_bits(first, run()) and on_gpu.same_bits(first, on_gpu.replay(run))
 
 
+def test_pieces_have_the_same_bits_in_less_memory():
+    tokens, experts_, top_k, width, hidden = 4096, 16, 4, 1024, 2688
+    up, down = (move(e) for e in experts(experts_, width, hidden))
+    route = moe_route(torch.randn(tokens, experts_, device=GPU), top_k=top_k)
+    x = torch.randn(tokens, width, device=GPU).bfloat16()
+    parts = [p.view(torch.uint8) if p.dtype == torch.float8_e4m3fn else p for p in (*up, *down)]
+    args = (x, parts[3], *parts[:3], parts[7], *parts[4:7], route.weights, route.offsets,
+            route.order)  # fmt: skip
+    found = []
+    for most in (2**40, 32 << 20):
+        op.by_kernels(*args, slot_bytes=most)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = op.by_kernels(*args, slot_bytes=most)
+        found.append((y, torch.cuda.max_memory_allocated() - before))
+    (whole, most), (few, least) = found
+    assert torch.equal(whole, few) and torch.equal(whole, moe_experts(x, up, down, route))
+    # The hidden layer alone took 84 MiB.
+    assert least <= most - (48 << 20)
+
+
 def test_nan_stays_in_its_row():
     x, w = operands(9, 136, 96)
     clean = nvfp4_linear(move(x), move(w))

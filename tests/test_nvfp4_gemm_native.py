@@ -187,6 +187,19 @@ def test_experts_of_a_route_that_is_none_stay_in_bounds(host_library, ends, chan
         assert torch.equal(y, ref.experts(*args, torch.tensor(ends, dtype=torch.int32), order))
 
 
+@pytest.mark.parametrize("counts", [(128, 0, 130, 12), (0, 253, 0, 17), (1, 127, 140, 2)])
+def test_pieces_of_the_rows_have_the_same_bits(host_library, counts):
+    """Pieces of 128 rows and, of the result, 128 columns at a time; and both as one."""
+    up, down = (op._example_experts_weights(CPU, *s) for s in ((96, 160), (160, 96)))
+    offsets, order = torch.tensor(counts).cumsum(0).int(), torch.randperm(270).int()
+    top = torch.tensor([3.0, 9.0, 12.0, 20.0, 7.0]) / 2688
+    args = (torch.randn(135, 160).bfloat16(), top[:1], *up, top[1:], *down, torch.rand(135, 2),
+            offsets, order)  # fmt: skip
+    few, one = (ref.compose(native.grouped_product, *args, slot_bytes=n) for n in (1, 2**40))
+    assert torch.equal(few, one)
+    testing.assert_matches(few, ref.experts(*testing.to_double(args)), ref.experts(*args))
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda t: dict(offsets=t["offsets"].long()), "int32 ends"),
     (lambda t: dict(offsets=t["offsets"][:0]), "int32 ends"),
@@ -207,17 +220,16 @@ def test_grouped_refuses(host_library, change, message):
 
 
 def test_the_host_multiplies_some_columns(host_library):
-    """Whole tiles of 128 to begin with, as many columns as asked."""
+    """Whole tiles of 128 to begin with, as many columns as the result has."""
     offsets = torch.tensor([5, 5, 150], dtype=torch.int32)
     codes, scales, scale_2 = quantize(torch.randn(150, 96), None, 1, None)
     b, b_scales, b_global = (t[:3] for t in op._example_experts_weights(CPU, 328, 96))
     args = codes, ref.group_scales(scales, offsets), b, b_scales, b_global * scale_2, offsets, False
-    whole = native.grouped_product(*args)
+    whole, want = native.grouped_product(*args), ref.grouped_product(*args)
     for first, columns in ((0, 128), (128, 128), (256, 72), (128, 200)):
-        part = native.grouped_product(*args, torch.bfloat16, first, columns)
-        assert torch.equal(part, whole[:, first : first + columns])
-        want = ref.grouped_product(*args, None, first, columns)
-        assert torch.equal(want, ref.grouped_product(*args)[:, first : first + columns])
+        for multiply, all_ in ((native.grouped_product, whole), (ref.grouped_product, want)):
+            part = multiply(*args, first, torch.empty(150, columns, dtype=torch.bfloat16))
+            assert torch.equal(part, all_[:, first : first + columns])
 
 
 def test_python_and_cuda_agree_on_units():

@@ -20,7 +20,7 @@ from expert_kernels import (
 
 from nemokernels.bench.bench_moe_route import with_tiles
 from nemokernels.ops.moe_experts import kernel, op, ref
-from nemokernels.ops.moe_experts.passes import columns_at_once
+from nemokernels.ops.moe_experts.passes import at_once
 from nemokernels.ops.moe_route import ref as route
 
 
@@ -107,7 +107,7 @@ def test_passes_over_columns_have_the_same_bits(tile, tma, turned):
     for most in (10 * columns * 4, 2**40):  # one tile of columns at a time, or all
         shape = op.Config("triton", TILES[tile], TILES["tall"], tma, slot_bytes=most)
         results.append(run(args, dy, [shape, shape]))
-    assert columns_at_once(10, 72, 4, columns, 10 * columns * 4) == columns
+    assert at_once(72, 10 * 4, columns, 10 * columns * 4) == columns
     for few, every in zip(*results, strict=True):
         assert torch.equal(few, every) and few.is_contiguous() and few.any()
 

@@ -52,7 +52,11 @@ def test_sums_over_slots_are_rounded_once(weighted):
     assert torch.equal(out, ref.ragged_sum(slots, weights if weighted else None, starts))
     each = weights.view(4, 3)
     kernel.slot_sum(slots, each, out, weighted)
-    assert torch.equal(out, ref.slot_sum(slots.view(4, 3, 40), each if weighted else None))
+    whole = ref.slot_sum(slots.view(4, 3, 40), each if weighted else None)
+    assert torch.equal(out, whole)
+    order = torch.randperm(12)  # the slot of each row
+    kernel.slot_sum(slots[order], each, out.fill_(0), weighted, row_of=order.argsort().int())
+    assert torch.equal(out, whole)
 
 
 @pytest.mark.parametrize("tile", TILES)

@@ -33,8 +33,9 @@ def moe_experts(
     Gradients reach x, up, down and the route's weights; an expert without tokens gets zeros. Kept
     for them is the hidden layer (R, F) of R slots, beside the arguments. On a GPU no (R, X) copy is
     made of x, y or their gradients once it took more than 384 MiB: the rows that leave the experts
-    are held a block of columns at a time (moe_experts/passes.py). Only codes of activations in
-    NVFP4, 4.5 bits each, are copied to every slot.
+    are held a block of columns at a time (moe_experts/passes.py). Activations in NVFP4 are gathered
+    for a piece of the rows at a time, within the same bound, and the hidden layer is kept in 4.5
+    bits per element.
 
     Weights in NVFP4 (W4A16): code times block scale is exact, the global scale multiplies the
     float32 sum, and nothing of the weight is rounded. In FP8 (W8A8): x and each hidden layer are

@@ -21,7 +21,7 @@ from nemokernels import _triton
 from nemokernels._tl import column_sum, offset64, squared_relu
 from nemokernels._triton import as_rows, cdiv, contiguous
 from nemokernels.ops.moe_experts import native
-from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
+from nemokernels.ops.moe_experts.passes import at_once, in_passes
 
 TABLE_BLOCK = 32
 
@@ -257,9 +257,13 @@ def moe_experts_weight_grad_kernel(
 
 
 @triton.jit
-def slot_part(slots_ptr, weights_ptr, slot, width, column, HAS_WEIGHTS: tl.constexpr):
-    # What a slot adds to its token.
-    at = offset64(slot, width) + column
+def slot_part(slots_ptr, weights_ptr, row_of_ptr, slot, width, column, HAS_WEIGHTS: tl.constexpr):
+    # What a slot adds to its token. Rows lie in the order of the slots, or where a table says.
+    if row_of_ptr is None:
+        row = slot
+    else:
+        row = tl.load(row_of_ptr + slot)
+    at = offset64(row, width) + column
     part = tl.load(slots_ptr + at, mask=column < width, other=0.0).to(tl.float32)
     if HAS_WEIGHTS:
         part *= tl.load(weights_ptr + slot)
@@ -271,6 +275,7 @@ def moe_experts_slot_sum_kernel(
     slots_ptr,
     weights_ptr,
     starts_ptr,
+    row_of_ptr,
     out_ptr,
     slots,
     width,
@@ -287,12 +292,14 @@ def moe_experts_slot_sum_kernel(
     if starts_ptr is None:
         first = offset64(token, TOP_K)
         for j in tl.static_range(TOP_K):
-            total += slot_part(slots_ptr, weights_ptr, first + j, width, column, HAS_WEIGHTS)
+            total += slot_part(
+                slots_ptr, weights_ptr, row_of_ptr, first + j, width, column, HAS_WEIGHTS
+            )
     else:
         first = tl.maximum(tl.load(starts_ptr + token), 0)
         end = tl.minimum(tl.load(starts_ptr + token + 1), slots)
         for slot in range(first, end):
-            total += slot_part(slots_ptr, weights_ptr, slot, width, column, HAS_WEIGHTS)
+            total += slot_part(slots_ptr, weights_ptr, row_of_ptr, slot, width, column, HAS_WEIGHTS)
     at = offset64(token, stride_out) + column
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
@@ -375,7 +382,7 @@ class _Tiles:
         """The sum of each token's slots of a_r @ b_e, (T, width) in the dtype of a."""
         slots, width, route = a.shape[0], b.shape[2], self.route
         unit = self.columns(b, "slots")
-        columns = columns_at_once(slots, width, a.element_size(), unit, self.slot_bytes)
+        columns = at_once(width, slots * a.element_size(), unit, self.slot_bytes)
         return in_passes(
             a.new_empty(slots, columns), a.new_empty(route.rows, width),
             lambda rows, first: self.multiply(a, b, rows, "slots", False, first=first),
@@ -431,14 +438,15 @@ def _weight_grad(a, b, like, route, shape, down):
     return out
 
 
-def slot_sum(slots, weights, out, weighted=True, starts=None):
-    """The sum of each token's slots (R, X), weighted or plain; rows of out may lie apart."""
+def slot_sum(slots, weights, out, weighted=True, starts=None, row_of=None):
+    """The sum of each token's slots (R, X), weighted or plain; rows of out may lie apart. Where
+    ``row_of`` (R,) is given, slot s is the row row_of[s] of ``slots``."""
     tokens, width = out.shape
     block = min(_triton.next_power_of_2(width), 2048)
     if out.numel():
         moe_experts_slot_sum_kernel[(tokens, cdiv(width, block))](
-            slots, weights, starts, out, slots.shape[0], width, out.stride(0), HAS_WEIGHTS=weighted,
-            TOP_K=weights.shape[1] if starts is None else 0, BLOCK=block,
+            slots, weights, starts, row_of, out, slots.shape[0], width, out.stride(0),
+            HAS_WEIGHTS=weighted, TOP_K=weights.shape[1] if starts is None else 0, BLOCK=block,
             num_warps=min(max(block // 256, 1), 8),
         )  # fmt: skip
 
@@ -482,6 +490,11 @@ def specialisations():
         ("ragged backward", 131072, 64, 3, 1024, 2688, True, True),
     ):
         yield _triton.Specialisation(label, launch(*problem))
+    # Rows sorted by expert, as the products in NVFP4 leave them: half of the columns of super.
+    rows, weights = torch.empty(360448, 512, device="meta"), torch.empty(16384, 22, device="meta")
+    row_of, out = torch.empty(360448, device="meta").int(), torch.empty(16384, 1024, device="meta")
+    yield _triton.Specialisation("super 16384 by expert", lambda: slot_sum(
+        rows.bfloat16(), weights, out.bfloat16()[:, :512], row_of=row_of))  # fmt: skip
     from nemokernels.ops.moe_experts import kernel_fp8
 
     yield from kernel_fp8.specialisations()

@@ -16,7 +16,7 @@ from nemokernels._tl import offset64, squared_relu, to_fp8
 from nemokernels._triton import cdiv
 from nemokernels.ops.moe_experts import native
 from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_rows, tile_table
-from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
+from nemokernels.ops.moe_experts.passes import at_once, in_passes
 
 E4M3 = torch.float8_e4m3fn
 
@@ -157,8 +157,8 @@ def forward(
 
     hidden_scale = hidden_scale.contiguous()
     product(x, x_scale.contiguous(), up, up_scale, hidden, True)
-    columns = columns_at_once(slots, x.shape[1], dtype.itemsize, tile_columns(down),
-                              config.slot_bytes)  # fmt: skip
+    each, unit = slots * dtype.itemsize, tile_columns(down)
+    columns = at_once(x.shape[1], each, unit, config.slot_bytes)
     return in_passes(
         x.new_empty((slots, columns), dtype=dtype), x.new_empty(x.shape, dtype=dtype),
         lambda rows, first: product(hidden, hidden_scale, down, down_scale, rows, False, first),

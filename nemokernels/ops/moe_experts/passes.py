@@ -2,7 +2,8 @@
 
 A token's result is a sum over its slots in their order, so their rows must wait for each other, and
 all of them, (T * k, X), would be k copies of x. Every element of the result is a sum of its own:
-cutting the columns into passes changes none of its bits.
+cutting the columns into passes changes none of its bits. Activations in NVFP4 enter the experts by
+pieces of the rows, within the same bound (nvfp4_gemm/ref.py).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from nemokernels._triton import cdiv
 SLOT_BYTES = 384 << 20
 
 
-def columns_at_once(slots: int, width: int, itemsize: int, unit: int, most: int) -> int:
-    """Columns of a pass over rows (slots, width), a multiple of ``unit``.
+def at_once(count: int, each: int, unit: int, most: int) -> int:
+    """How many of ``count`` columns, or rows, a pass takes, a multiple of ``unit``.
 
-    As few passes as ``most`` bytes allow, all but the last of them equally wide. Rows of ``unit``
-    columns are the least that is held.
+    One of them takes ``each`` bytes. As few passes as ``most`` bytes allow, all but the last of
+    them equally large; ``unit`` are the least that is held.
     """
-    fit = max(most // max(slots * itemsize * unit, 1), 1)
-    units = max(cdiv(width, unit), 1)
+    fit = max(most // max(each * unit, 1), 1)
+    units = max(cdiv(count, unit), 1)
     return cdiv(units, cdiv(units, fit)) * unit
 
 

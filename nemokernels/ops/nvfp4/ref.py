@@ -221,6 +221,17 @@ def swizzled_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return *shape[:-2], -(-shape[-2] // 128) * 128, -(-shape[-1] // 4) * 4
 
 
+def put_rows(swizzled: torch.Tensor, row: torch.Tensor, scales: torch.Tensor) -> None:
+    """Write block scales (R, C) into the rows ``row`` (R,) of contiguous swizzled ones, a matrix.
+
+    Four columns of a tile are written as one number; those of the padding become zero.
+    """
+    fours = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)).view(torch.int32)
+    rows, columns = swizzled.shape
+    tiles = swizzled.view(rows // 128, columns // 4, 32, 16).view(torch.int32)
+    tiles.permute(0, 3, 2, 1)[row // 128, row % 128 // 32, row % 32] = fours
+
+
 def unswizzle(swizzled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """The inverse of :func:`swizzle` without the padding."""
     shape = swizzled.shape

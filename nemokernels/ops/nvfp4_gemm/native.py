@@ -25,10 +25,10 @@ def product(a: torch.Tensor, a_scales, b: torch.Tensor, b_scales, alpha) -> torc
 
 def grouped_product(
     a: torch.Tensor, a_scales, b: torch.Tensor, b_scales, alpha, offsets, squared_relu: bool,
-    dtype: torch.dtype = torch.bfloat16, first: int = 0, columns: int | None = None,
+    first: int = 0, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """ref.grouped_product for ``dtype`` bfloat16; rows that no expert has are not written."""
-    assert dtype == torch.bfloat16, "the kernels round to bfloat16"
-    out = a.new_empty((a.shape[0], b.shape[1] if columns is None else columns), dtype=dtype)
+    """ref.grouped_product in bfloat16; rows that no expert has are not written."""
+    if out is None:
+        out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.bfloat16)
     _grouped(a, a_scales, b, b_scales, alpha, offsets, squared_relu, first, out)
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ K_UNIT, N_UNIT, ALIGNMENT = 32, 8, 16  # those of csrc/nvfp4_gemm/nvfp4_gemm.h
 
 def reason(device: torch.device) -> str | None:
     """Why ``device`` cannot multiply NVFP4 operands; None if it can."""
-    why = _triton.cuda_reason(device)
+    why = _triton.reason(device)  # activations are quantised, and slots added up, by Triton
     if why is None:
         capability = torch.cuda.get_device_capability(device)
         why = no_matrix_units(capability) or _ext.reason(device)
@@ -104,6 +105,16 @@ def _grouped_cuda(*args):
     return native.grouped_product(*args)
 
 
+def add_up(rows, weights, row_of, out):
+    """ref.add_up by the kernel that adds up the slots of moe_experts."""
+    from nemokernels.ops.moe_experts.kernel import slot_sum
+
+    slot_sum(rows, weights.float(), out, row_of=row_of)
+
+
+by_kernels = partial(ref.compose, native.grouped_product, quantize=quantize, combine=add_up)
+
+
 def _experts_cuda(*args):
     args = _contiguous(args)
     x, _, up, up_scales, _, _, down, down_scales, *_, order = args
@@ -113,8 +124,8 @@ def _experts_cuda(*args):
     config = _plan(sizes, x.dtype, up, up_scales, down, down_scales)
     if config.backend == "reference":
         return reference_on_cuda("nvfp4_gemm_experts", ref.experts)(*args)
-    with torch.no_grad():
-        return ref.compose(native.grouped_product, *args, quantize=quantize)
+    with torch.no_grad(), torch.cuda.device_of(x):
+        return by_kernels(*args)
 
 
 def _example_operand(device: torch.device, rows: int, columns: int):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from nemokernels.ops.moe_experts.passes import SLOT_BYTES, columns_at_once
+from nemokernels._registry import acc_dtype
+from nemokernels.ops.moe_experts.passes import SLOT_BYTES, at_once, in_passes
 from nemokernels.ops.moe_experts.ref import segments, slots_of, sum_of
 from nemokernels.ops.nvfp4 import ref as nvfp4
 
@@ -52,18 +53,18 @@ def grouped_product(
     alpha: torch.Tensor,
     offsets: torch.Tensor,
     squared_relu: bool,
-    dtype: torch.dtype | None = None,
     first: int = 0,
-    columns: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """alpha_e * a_r @ b_e^T for the rows r of every expert e, relu(.)**2 of it if asked; (R, N).
 
-    a_scales are those of :func:`group_scales`, offsets the end of each expert's rows. Of the N
-    columns so many from ``first``, a multiple of 128, on.
+    a_scales are those of :func:`group_scales`, offsets the end of each expert's rows. An ``out``
+    that is given takes as many of the N columns as it has, from ``first``, a multiple of 128, on.
     """
-    acc, columns = alpha.dtype, b.shape[1] if columns is None else columns
-    b, b_scales = b[:, first : first + columns], b_scales[:, first:]
-    out = a.new_zeros((a.shape[0], columns), dtype=dtype or out_dtype(alpha))
+    acc = alpha.dtype
+    if out is None:
+        out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype(alpha))
+    b, b_scales = b[:, first : first + out.shape[1]], b_scales[:, first:]
     tile = 0
     for e, r in segments(offsets):
         tiles = -(-(r.stop - r.start) // TILE) * TILE
@@ -94,14 +95,30 @@ def group_scales(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
     The result has padded_rows(R, E) rows; what no expert uses is zero. No size is read back.
     """
-    rows, ends = scales.shape[0], offsets.long()
+    rows, blocks = scales.shape
+    tiles = no_scales(rows, blocks, offsets)
+    put_scales(tiles, scales, expert_of(rows, offsets), offsets)
+    return tiles
+
+
+def no_scales(rows: int, blocks: int, offsets: torch.Tensor) -> torch.Tensor:
+    """Zeros of the shape of :func:`group_scales`, for so many rows and blocks."""
+    shape = nvfp4.swizzled_shape((padded_rows(rows, offsets.shape[0]), blocks))
+    return torch.zeros(shape, dtype=torch.uint8, device=offsets.device)
+
+
+def put_scales(
+    tiles: torch.Tensor, scales: torch.Tensor, expert: torch.Tensor, offsets: torch.Tensor,
+    first: int = 0,
+) -> None:  # fmt: skip
+    """Write the block scales of the rows from ``first`` on into the ``tiles`` of all rows; each row
+    has its ``expert``. In bounds whatever the offsets are."""
+    ends = offsets.long()
     counts = ends.diff(prepend=ends.new_zeros(1))
-    tiles = (counts + TILE - 1) // TILE * TILE
-    shift = tiles.cumsum(0) - tiles - (ends - counts)  # padding before each expert
-    target = torch.arange(rows, device=scales.device) + shift[expert_of(rows, offsets)]
-    padded = padded_rows(rows, offsets.shape[0])
-    spread = scales.new_zeros(padded, scales.shape[1])
-    return nvfp4.swizzle(spread.index_copy(0, target.clamp(0, padded - 1), scales))
+    taken = (counts + TILE - 1) // TILE * TILE
+    shift = taken.cumsum(0) - taken - (ends - counts)  # padding before each expert
+    row = torch.arange(first, first + scales.shape[0], device=scales.device) + shift[expert]
+    nvfp4.put_rows(tiles, row.clamp(0, tiles.shape[0] - 1), scales)
 
 
 def experts(
@@ -129,36 +146,69 @@ def experts(
                    down_scales, down_scale_2, weights, offsets, order)  # fmt: skip
 
 
+def add_up(
+    rows: torch.Tensor, weights: torch.Tensor, row_of: torch.Tensor, out: torch.Tensor
+) -> None:
+    """out_t = sum_j weights_tj * rows[row_of_tj], by the rules of moe_experts' reference."""
+    choices = (rows.index_select(0, row) for row in row_of.view(weights.shape).unbind(1))
+    out.copy_(sum_of(choices, weights, out.dtype))
+
+
 def compose(
     multiply, x, x_scale, up, up_scales, up_scale_2, hidden_scale, down, down_scales, down_scale_2,
-    weights, offsets, order, quantize=nvfp4.quantize, slot_bytes=SLOT_BYTES,
+    weights, offsets, order, quantize=nvfp4.quantize, combine=add_up, slot_bytes=SLOT_BYTES,
 ) -> torch.Tensor:  # fmt: skip
-    """:func:`experts` with the grouped product and the quantiser that are given.
+    """:func:`experts` with the grouped product, the quantiser and the sum over slots of the caller.
 
-    Rows that leave the down projection take at most ``slot_bytes`` at a time. A route that is none
-    gives wrong results, within bounds.
+    Of the hidden layer codes and block scales are held, 4.5 bits per element. What the first
+    product reads and writes is held for a piece of the rows at a time, and the rows that leave the
+    second for a block of columns, either within ``slot_bytes`` (128 rows or columns are the least).
+    Only shapes say where to cut, and no bit of the result depends on it. A route that is none gives
+    wrong results, within bounds.
     """
-    slot = order.long().clamp(0, order.numel() - 1)
-    codes, scales, scale_2 = quantize(x, LARGEST * x_scale.float().reshape(()), 1, None, 0, False)
-    token = slot // weights.shape[1]
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    alpha = up_scale_2.to(acc) * scale_2.to(acc)
-    hidden = multiply(codes[token], group_scales(scales[token], offsets), up, up_scales, alpha,
-                      offsets, True, x.dtype)  # fmt: skip
+    slots, width = order.numel(), x.shape[1]
+    slot = order.long().clamp(0, slots - 1)
+    row_of = slot.new_zeros(slots, dtype=torch.int32)
+    row_of[slot] = torch.arange(slots, dtype=torch.int32, device=slot.device)
     amax = LARGEST * hidden_scale.float()
-    expert = expert_of(slot.numel(), offsets)
-    codes, scales, scale_2 = quantize(hidden, amax[expert], 1, None, 0, False)
+    codes, scales = _hidden(multiply, quantize, x, x_scale, up, up_scales, up_scale_2, amax,
+                            slot // weights.shape[1], offsets, slot_bytes)  # fmt: skip
+    acc = acc_dtype(x)
     alpha = down_scale_2.to(acc) * nvfp4.global_scale(amax).to(acc)
-    scales, width = group_scales(scales, offsets), x.shape[1]
-    row_of = torch.zeros_like(slot)  # the row of each slot
-    row_of[slot] = torch.arange(slot.numel(), device=slot.device)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns = columns_at_once(slot.numel(), width, x.element_size(), TILE, slot_bytes)
-    for first in range(0, width, columns):
-        here = min(columns, width - first)
-        rows = multiply(codes, scales, down, down_scales, alpha, offsets, False, x.dtype, first,
-                        here)  # fmt: skip
-        choices = (rows[place] for place in row_of.view(weights.shape).unbind(1))
-        y[:, first : first + here] = sum_of(choices, weights, x.dtype)
-        del rows  # its memory is the next one's
-    return y
+
+    def project(rows, first):
+        multiply(codes, scales, down, down_scales, alpha, offsets, False, first, rows)
+
+    columns = at_once(width, slots * x.element_size(), TILE, slot_bytes)
+    return in_passes(
+        x.new_empty(slots, columns), x.new_empty(x.shape), project,
+        lambda rows, out: combine(rows, weights, row_of, out),
+    )  # fmt: skip
+
+
+def _hidden(
+    multiply, quantize, x, x_scale, up, up_scales, up_scale_2, amax, token, offsets, slot_bytes
+):
+    """Codes (R, F/2) of the hidden layer and its block scales as of :func:`group_scales`."""
+    rows, width, acc = token.numel(), up.shape[1], acc_dtype(x)
+    x_codes, x_scales, scale_2 = quantize(
+        x, LARGEST * x_scale.float().reshape(()), 1, None, 0, False
+    )
+    alpha = up_scale_2.to(acc) * scale_2.to(acc)
+    # A row takes X * 11 / 16 bytes for codes of x and, on their way into tiles, its block scales;
+    # F * 5 / 8 beside the hidden layer for the same of that. The rest is for indices.
+    each = x.shape[1] + width * (x.element_size() + 1)
+    piece = at_once(rows, each, TILE, slot_bytes)
+    hidden = x.new_empty(min(piece, rows), width)
+    codes = up.new_empty(rows, width // 2)
+    tiles = no_scales(rows, width // nvfp4.BLOCK, offsets)
+    for first in range(0, rows, piece):
+        end = min(first + piece, rows)
+        here = offsets.clamp(first, end) - first  # an expert that is cut ends here and begins again
+        out, of = hidden[: end - first], token[first:end]
+        multiply(x_codes.index_select(0, of), group_scales(x_scales.index_select(0, of), here),
+                 up, up_scales, alpha, here, True, 0, out)  # fmt: skip
+        expert = expert_of(end - first, here)
+        codes[first:end], scales, _ = quantize(out, amax[expert], 1, None, 0, False)
+        put_scales(tiles, scales, expert, offsets, first)
+    return codes, tiles

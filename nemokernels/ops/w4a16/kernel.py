@@ -20,7 +20,7 @@ from nemokernels import _triton
 from nemokernels._tl import e4m3_value, offset64, squared_relu
 from nemokernels._triton import aligned, as_rows, cdiv
 from nemokernels.ops.moe_experts.kernel import slot_sum, tile_rows, tile_table
-from nemokernels.ops.moe_experts.passes import columns_at_once, in_passes
+from nemokernels.ops.moe_experts.passes import at_once, in_passes
 from nemokernels.ops.w4a16 import native
 
 
@@ -213,8 +213,8 @@ def experts(
     if not y.numel():
         return y
     _product(x, up, hidden, "up", config, table)
-    slots, size, unit = order.shape[0], x.element_size(), config.tile.columns
-    columns = columns_at_once(slots, x.shape[1], size, unit, config.slot_bytes)
+    slots, unit = order.shape[0], config.tile.columns
+    columns = at_once(x.shape[1], slots * x.element_size(), unit, config.slot_bytes)
     return in_passes(
         x.new_empty(slots, columns), y,
         lambda rows, first: _product(hidden, down, rows, "slots", config, table, first),
