@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from nemokernels.models import build, deferred
 from nemokernels.models.files import Shards
+from nemokernels.train import parallel
 from nemokernels.train.trainer import Trainer
 
 
@@ -94,7 +95,7 @@ def main(out):
         save_file({"facts": facts, **state}, out / f"{name} {t.rank}.safetensors")
         t.train_step()
     dist.barrier()
-    dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(out):
     with pytest.raises(ValueError, match="experts.up_proj has 25 rows, which cannot be split"):
         parallel.shard(odd, odd, torch.device("cpu"), torch.float32, expert_parallel=2)
     dist.barrier()
-    dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

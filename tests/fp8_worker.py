@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nemokernels.models import Fp8Recipe, held_fp8_weights, update_fp8
+from nemokernels.train import parallel
 from nemokernels.train.trainer import Trainer
 
 SPECIAL = {2: 0.0, 3: torch.inf, 5: torch.nan}  # what the last row of the batch is, in these steps
@@ -86,7 +87,7 @@ def main(out):
     state = {name: whole(p) for name, p in t.objective.state_dict().items()}
     if first:
         save_file(state, out / "trainer.safetensors")
-    dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

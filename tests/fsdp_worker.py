@@ -94,4 +94,4 @@ if __name__ == "__main__":
     for name in names:
         (Path(folder) / name).mkdir(exist_ok=True)
         main(Path(folder) / name, mode, name)
-    dist.destroy_process_group()
+    parallel.leave()

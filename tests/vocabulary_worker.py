@@ -8,6 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from nemokernels import linear_cross_entropy, testing
+from nemokernels.train import parallel
 
 CASES = {
     "plain": (29, {"reduction": "none"}, torch.float64),
@@ -55,7 +56,7 @@ def main(out):
             save_file(run(name, group), out / f"{name} {world} {dist.get_rank()}.safetensors")
     for name in COMPILED:
         save_file(run(name, group, compiled=True), out / f"{name} {dist.get_rank()}.safetensors")
-    dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

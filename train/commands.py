@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -35,6 +34,7 @@ from nemokernels.models import (
 from nemokernels.models import generate as generate_tokens
 from nemokernels.train.data import Batches, Corpus, DataError, read_texts, text_files, tokenizers
 from nemokernels.train.log import Log, plot
+from nemokernels.train.parallel import leave
 from nemokernels.train.trainer import Settings, Trainer
 
 if TYPE_CHECKING:
@@ -111,8 +111,6 @@ def fit(
             Console().print("no loss curve: matplotlib is not installed", highlight=False)
         else:
             plot(log.reports, out / "loss.png")
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return log.reports
 
 
@@ -158,6 +156,7 @@ def train(
             by_norm = sum(layer.quantised_by == "norm" for layer in report)
             text = f"FP8: {ran} of {len(report)} linear layers, {by_norm} of them fed by their norm"
             Console().print(text, highlight=False)
+    leave()
     return 0
 
 
