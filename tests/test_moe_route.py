@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemokernels import Route, balance_loss, moe_route, update_correction_bias
-from nemokernels.ops.moe_route import ref
+from nemokernels.ops.moe_route import native, op, ref
 
 INF, NAN = math.inf, math.nan
 
@@ -348,3 +348,27 @@ def test_route_is_a_plain_tuple_of_what_the_operator_returns():
     counts, offsets, order = ref.group_rows(route.experts.long(), 8)
     assert torch.equal(counts, route.counts) and torch.equal(offsets, route.offsets)
     assert torch.equal(order, route.order)
+
+
+def test_plan_gives_few_tokens_to_csrc():
+    def plan(tokens, experts, top_k, backends, n_group=1, unsupported="", forward=True):
+        barred = native.barred(tokens, experts, top_k, n_group) if forward else None
+        return op.plan(tokens, experts, top_k, unsupported, backends, 132, barred)
+
+    both = ("csrc", "triton", "reference")
+    for problem, backend in (((341, 128, 6), "csrc"), ((342, 128, 6), "triton"),
+                             ((93, 512, 22), "csrc"), ((94, 512, 22), "triton"),
+                             ((2048, 512, 1), "csrc"), ((1, 32, 32), "csrc"),
+                             ((1, 513, 1), "triton"), ((1, 64, 33), "triton")):  # fmt: skip
+        assert plan(*problem, both).backend == backend
+        assert plan(*problem, ("triton", "reference")).backend == "triton"
+        assert plan(*problem, both, forward=False).backend == "triton"
+        # Asked for by name, it is not replaced by another.
+        if backend == "csrc":
+            assert plan(*problem, ("csrc",)).backend == "csrc"
+        else:
+            with pytest.raises(RuntimeError, match="moe_route: csrc takes up to"):
+                plan(*problem, ("csrc",))
+    assert plan(8, 66, 2, both, n_group=33).backend == "triton"
+    assert plan(8, 64, 2, ("csrc",), forward=False).backend == "triton"
+    assert plan(8, 64, 2, both, unsupported="float64").backend == "reference"

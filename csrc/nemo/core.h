@@ -4,6 +4,7 @@
 // and a thread index, so that the host can run the very same code (see launch.h).
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -157,6 +158,14 @@ NEMO_HD constexpr T smaller(T a, T b) {
 template <class T>
 NEMO_HD constexpr T larger(T a, T b) {
   return a < b ? b : a;
+}
+
+NEMO_HD int ones(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __popc(bits);
+#else
+  return std::popcount(bits);
+#endif
 }
 
 // The compiler may not choose between a fused and a separate product per call site: packed and

@@ -41,6 +41,78 @@ NEMO_HD void each_lane(int thread, F f) {
 #endif
 }
 
+// Over the lanes of a warp, all of which must call.
+NEMO_HD int32_t largest(PerLane<int32_t>& v) {
+#ifdef __CUDA_ARCH__
+  return __reduce_max_sync(~0u, v.value);
+#else
+  int32_t out = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) out = larger(out, v[lane]);
+  return out;
+#endif
+}
+
+NEMO_HD int32_t smallest(PerLane<int32_t>& v) {
+#ifdef __CUDA_ARCH__
+  return __reduce_min_sync(~0u, v.value);
+#else
+  int32_t out = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) out = smaller(out, v[lane]);
+  return out;
+#endif
+}
+
+// Always added in the same order.
+NEMO_HD float sum(PerLane<float>& v) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+#ifdef __CUDA_ARCH__
+    v.value += __shfl_xor_sync(~0u, v.value, step);
+#else
+    PerLane<float> before = v;
+    for (int lane = 0; lane < kLanes; ++lane) v[lane] += before[lane ^ step];
+#endif
+  }
+  return v[0];
+}
+
+// Every lane's sum of the lanes before it.
+NEMO_HD void sum_before(PerLane<int32_t>& v) {
+#ifdef __CUDA_ARCH__
+  const int lane = threadIdx.x % kLanes;
+  int32_t total = v.value;
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int32_t below = __shfl_up_sync(~0u, total, step);
+    if (lane >= step) total += below;
+  }
+  v.value = total - v.value;
+#else
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int32_t own = v[lane];
+    v[lane] = total;
+    total += own;
+  }
+#endif
+}
+
+// For every lane a bit for each lane with an equal value.
+NEMO_HD PerLane<uint32_t> equal_lanes(PerLane<int32_t>& v) {
+  PerLane<uint32_t> out;
+#ifdef __CUDA_ARCH__
+  out.value = __match_any_sync(~0u, v.value);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    out[lane] = 0;
+    for (int other = 0; other < kLanes; ++other) {
+      out[lane] |= uint32_t(v[other] == v[lane]) << other;
+    }
+  }
+#endif
+  return out;
+}
+
 // Two 16-bit numbers, the first in the low half.
 template <class T>
 NEMO_HD float low_half(uint32_t pair) {

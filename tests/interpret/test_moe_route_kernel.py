@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scores import spread
 
 from nemokernels import _triton, testing
 from nemokernels.ops.moe_route import kernel, op, ref
@@ -15,12 +16,6 @@ INF, NAN = math.inf, math.nan
 def config_of(tokens, experts, top_k, n_group=1):
     lanes = _triton.next_power_of_2(n_group) * _triton.next_power_of_2(experts // n_group)
     return op.plan(tokens, lanes, top_k, "", ("triton",), 2)
-
-
-def spread(tokens, experts, dtype=F32):
-    """Logits of which no two of a token have scores that rounding could confuse."""
-    steps = torch.rand(tokens, experts).argsort(-1).to(torch.float32)
-    return ((steps + 0.5) * (8 / experts) - 4).to(dtype)
 
 
 def compare(logits, bias, top_k, n_group=1, topk_group=1, norm=True, scale=2.5, config=None):

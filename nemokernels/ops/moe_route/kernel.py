@@ -19,6 +19,7 @@ import triton.language as tl
 from nemokernels import _triton
 from nemokernels._tl import offset64, sigmoid
 from nemokernels._triton import cdiv, contiguous
+from nemokernels.ops.moe_route import native
 from nemokernels.ops.moe_route.ref import SUM_EPS
 
 SCAN_ROWS, SCAN_COLUMNS = 64, 32
@@ -248,6 +249,10 @@ def moe_route_order_kernel(
 
 def forward(logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale, config):
     """As ref.forward."""
+    if config.backend == "csrc":
+        return native.forward(
+            logits, correction_bias, top_k, n_group, topk_group, norm_topk_prob, scale
+        )
     tokens, experts = logits.shape
     slots, group_size, lanes = tokens * top_k, experts // n_group, _triton.next_power_of_2(experts)
     pieces = max(cdiv(slots, config.piece), 1)

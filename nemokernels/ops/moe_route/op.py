@@ -6,21 +6,27 @@ from dataclasses import dataclass
 
 import torch
 
-from nemokernels import _backends, _triton
+from nemokernels import _backends, _ext, _triton
 from nemokernels._registry import acc_dtype, family, register
-from nemokernels.ops.moe_route import ref
+from nemokernels.ops.moe_route import native, ref
 
-FAMILY = family("moe_route", {"triton": _triton.reason})
+
+def _native(device: torch.device) -> str | None:
+    # Many tokens and the gradient are Triton's.
+    return _ext.reason(device) or _triton.reason(device)
+
+
+FAMILY = family("moe_route", {"csrc": _native, "triton": _triton.reason})
 
 WIDEST = 2048  # lanes of a program: experts, with groups padded to powers of two
 
 
 @dataclass(frozen=True)
 class Config:
-    """Which backend runs and how it is launched; why not Triton if it is the reference.
+    """Which backend runs and how it is launched; why no kernel if it is the reference.
 
-    A program chooses for ``rows`` tokens. The slots are sorted in pieces of ``piece``, ``block`` at
-    a time. If there are several, a piece is what a whole number of programs choose.
+    A program of Triton's chooses for ``rows`` tokens. The slots are sorted in pieces of ``piece``,
+    ``block`` at a time. If there are several, a piece is what a whole number of programs choose.
     """
 
     backend: str
@@ -38,12 +44,21 @@ def plan(
     unsupported: str,
     backends: tuple[str, ...],
     processors: int,
+    barred: str | None = None,
 ) -> Config:
     """The configuration for so many tokens and ``lanes`` padded experts.
+
+    ``barred`` says why csrc does not take a forward, "" if it does; None for a backward.
 
     Raises:
         RuntimeError: none of ``backends`` takes the problem.
     """
+    if "csrc" in backends:
+        if not unsupported and barred == "":
+            return Config("csrc")  # one launch, where Triton needs two to four; not measured
+        if barred and "triton" not in backends:
+            raise RuntimeError(f"moe_route: {barred}")
+        backends = (*backends, "triton")
     if not unsupported and lanes > WIDEST:
         unsupported = f"the Triton kernels take up to {WIDEST} experts, got {lanes} with padding"
     if _triton.needs_reference(FAMILY.name, unsupported, backends):
@@ -59,13 +74,18 @@ def plan(
     return Config("triton", rows, rows, block, piece)
 
 
-def _plan(logits, top_k, n_group, *others) -> Config:
+def _plan(logits, top_k, n_group, *others, barred: str | None = None) -> Config:
     tokens, experts = logits.shape
     lanes = _triton.next_power_of_2(n_group) * _triton.next_power_of_2(experts // n_group)
     return plan(
         tokens, lanes, top_k, _triton.unsupported(logits, *others),
-        _backends.usable(FAMILY.name, logits.device), _triton.processors(logits.device),
+        _backends.usable(FAMILY.name, logits.device), _triton.processors(logits.device), barred,
     )  # fmt: skip
+
+
+def _plan_forward(logits, bias, top_k, n_group, *_) -> Config:
+    barred = native.barred(*logits.shape, top_k, n_group)
+    return _plan(logits, top_k, n_group, bias, barred=barred)
 
 
 def _example(device: torch.device, dtype: torch.dtype):
@@ -123,7 +143,7 @@ moe_route = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
-    plan=lambda logits, bias, top_k, n_group, *rest: _plan(logits, top_k, n_group, bias),
+    plan=_plan_forward,
     kernel="moe_route.kernel:forward",
     setup_context=_setup,
     backward=_backward,
