@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,9 @@ def _refuse_tangents(name: str, kernel: Callable) -> Callable:
 LIBRARY = _Library(NAMESPACE, "FRAGMENT")
 
 
+Example = Callable[[torch.device, torch.dtype], tuple]
+
+
 @dataclass
 class Family:
     """One folder under ``ops/``: its operators, and their backends besides the reference.
@@ -68,11 +71,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Operator:
-    """A registered operator. ``example(device, dtype)`` returns small arguments it accepts."""
+    """A registered operator. ``example(device, dtype)`` returns small arguments it accepts, and so
+    do the ``probes`` of a backend."""
 
     overload: torch._ops.OpOverload
     reference: Callable
-    example: Callable[[torch.device, torch.dtype], tuple] | None
+    example: Example | None
+    probes: Mapping[str, Sequence[Example]]
     differentiable: bool
 
 
@@ -95,7 +100,8 @@ def register(
     *,
     reference: Callable,
     fake: Callable,
-    example: Callable[[torch.device, torch.dtype], tuple] | None = None,
+    example: Example | None = None,
+    probes: Mapping[str, Sequence[Example]] | None = None,
     plan: Callable | None = None,
     kernel: str = "",
     cuda: Callable | None = None,
@@ -111,6 +117,8 @@ def register(
             kernel exists. It may return views or the same tensor twice; the leg then makes copies.
         fake: shapes and dtypes of the outputs (contiguous), for Meta and FakeTensor.
         example: makes small valid arguments; used by the self-test and by the generic tests.
+        probes: by backend, examples of sizes for which it has other kernels; the self-test of this
+            backend runs them too.
         plan, kernel: the CUDA leg of most operators. ``plan(*args)`` returns a configuration;
             unless its ``backend`` is "reference", ``kernel(*args, configuration)`` runs, the
             function with this name under ``nemokernels.ops`` ("relu2.kernel:forward"). It is
@@ -137,7 +145,9 @@ def register(
             setup_context=setup_context,
             lib=LIBRARY,
         )
-    family.operators[name] = Operator(overload, reference, example, backward is not None)
+    family.operators[name] = Operator(
+        overload, reference, example, probes or {}, backward is not None
+    )
     return overload
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nemokernels import _ext, testing
-from nemokernels._registry import FAMILIES, Operator
+from nemokernels._registry import FAMILIES, Example, Operator
 
 _verdicts: dict[str, dict[str, str]] = {}
 _running = False
@@ -60,7 +60,8 @@ def device_key(device: torch.device) -> str:
 
 
 def run(family: str, backend: str, device: torch.device) -> str:
-    """Run every operator of ``family`` that has an example; return "passed" or what failed.
+    """Run every operator of ``family`` on its example and on what probes this backend has; return
+    "passed" or what failed.
 
     Inputs are bfloat16 (float32 on the CPU). The oracle is the reference in float64; the error
     budget comes from the reference in the inputs' dtype.
@@ -74,7 +75,8 @@ def run(family: str, backend: str, device: torch.device) -> str:
         with use_backend(family, backend, device):
             for operator in FAMILIES[family].operators.values():
                 if operator.example is not None:
-                    _compare(operator, device, dtype)
+                    for example in (operator.example, *operator.probes.get(backend, ())):
+                        _compare(operator, example, device, dtype)
     except Exception as error:  # a verdict, not control flow: every failure disqualifies
         verdict = f"self-test failed: {error}"
     finally:
@@ -107,10 +109,12 @@ def why_not(family: str, backend: str, device: torch.device) -> str | None:
     return None if verdict == "passed" else verdict
 
 
-def _compare(operator: Operator, device: torch.device, dtype: torch.dtype) -> None:
+def _compare(
+    operator: Operator, example: Example, device: torch.device, dtype: torch.dtype
+) -> None:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        args = operator.example(device, dtype)
+        args = example(device, dtype)
     cpu = tree_map(lambda t: t.cpu() if isinstance(t, torch.Tensor) else t, args)
     copies = [tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, a)
               for a in (args, cpu, testing.to_double(cpu))]  # fmt: skip

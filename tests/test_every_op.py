@@ -1,5 +1,6 @@
 """The contract every registered operator keeps, checked on its own example."""
 
+import contextlib
 import threading
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import nemokernels
 from nemokernels import _backends, _selftest, use_backend
 from nemokernels._registry import FAMILIES
+from nemokernels.ops.moe_experts import native as moe_native
+from nemokernels.ops.w4a16 import op as w4a16
 
 OPERATORS = {
     name: operator for family in FAMILIES.values() for name, operator in family.operators.items()
@@ -213,3 +216,67 @@ def test_a_forced_backend_holds_in_autograds_threads():
             assert seen() == ("reference",)
         assert seen() == ("triton",)
     assert _backends._forced == before
+
+
+PROBES = [
+    (name, backend, make)
+    for name, operator in OPERATORS.items()
+    for backend, examples in operator.probes.items()
+    for make in examples
+]
+
+
+@pytest.mark.parametrize("name, backend, make", PROBES)
+def test_probes_are_arguments_of_a_backend_that_there_is(name, backend, make):
+    (family,) = (f for f in FAMILIES.values() if name in f.operators)
+    assert backend in family.backends
+    args = make(CPU, torch.float32)
+    OPERATORS[name].overload(*args)
+    shapes = [[t.shape for t in tensors(some)] for some in (args, example(name))]
+    assert shapes[0] != shapes[1]
+
+
+def test_selftest_runs_the_probes_of_its_backend(monkeypatch):
+    seen = []
+    compare = lambda operator, make, *rest: seen.append(make)  # noqa: E731
+    monkeypatch.setattr(_selftest, "_compare", compare)
+    monkeypatch.setattr(_selftest, "_record", lambda *args: None)
+    probes = OPERATORS["moe_route"].probes["csrc"]
+    for backend, more in (("csrc", probes), ("reference", [])):
+        seen.clear()
+        monkeypatch.setattr(_backends, "use_backend", lambda *args: contextlib.nullcontext())
+        _selftest.run("moe_route", backend, CPU)
+        assert seen[0] == OPERATORS["moe_route_backward"].example
+        assert seen[1:] == [OPERATORS["moe_route"].example, *more]
+
+
+def tile_rows(args):
+    """Of csrc/w4a16's tile."""
+    x, order = args[0], args[-1]
+    problem = (order.shape[0], args[-2].shape[0]) if len(args) > 5 else (x.shape[:-1].numel(), 1)
+    return {w4a16.plan(*problem, torch.bfloat16, "", ("csrc", "triton")).tile.rows}
+
+
+def tile_columns(args):
+    """Of csrc/moe_experts' tiles."""
+    up = next(t for t in args if isinstance(t, torch.Tensor) and t.dim() == 3)
+    options = moe_native.EIGHT if up.dtype == torch.uint8 else moe_native.ALONG
+    return {moe_native.tile_columns(columns, options) for columns in up.shape[1:]}
+
+
+def per_lane(args):
+    """Experts of a lane of csrc/moe_route."""
+    return {-(-args[0].shape[1] // 32)}
+
+
+@pytest.mark.parametrize("name, instance, every", [
+    ("nvfp4_linear", tile_rows, {8, 16, 32}),
+    ("nvfp4_experts", tile_rows, {8, 16, 32}),
+    ("moe_experts", tile_columns, {*moe_native.ALONG}),
+    ("moe_experts_fp8", tile_columns, {*moe_native.EIGHT}),
+    ("moe_route", per_lane, {1, 4, 16}),
+])  # fmt: skip
+def test_the_selftest_reaches_every_instance(name, instance, every):
+    operator = OPERATORS[name]
+    makes = (operator.example, *operator.probes["csrc"])
+    assert set().union(*(instance(make(CPU, torch.bfloat16)) for make in makes)) == every

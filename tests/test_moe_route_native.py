@@ -12,6 +12,7 @@ from machine_code import functions_of, needs_nvcc
 from scores import spread
 
 from nemokernels import testing
+from nemokernels._registry import FAMILIES
 from nemokernels.ops.moe_route import native, ref
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -47,6 +48,11 @@ def test_sizes(device, tokens, experts, top_k, norm, dtype):
     logits = spread(tokens, experts).to(F32 if experts > 100 else dtype)
     compare(device, logits, None, top_k, norm=norm)
     compare(device, logits, (0.001 * torch.randn(experts)).to(dtype), top_k, norm=norm)
+
+
+@pytest.mark.parametrize("make", FAMILIES["moe_route"].operators["moe_route"].probes["csrc"])
+def test_probes(device, make):
+    compare(device, *make(torch.device("cpu"), F32))
 
 
 @pytest.mark.parametrize("experts, top_k, most", [(128, 6, 341), (512, 22, 93)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from nemokernels import _backends, _ext, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts import native, ref
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES
+from nemokernels.ops.moe_route.ref import group_rows
 
 
 def _native(device: torch.device) -> str | None:
@@ -205,12 +207,32 @@ def _example(device: torch.device, dtype: torch.dtype):
     return randn(6, 16), randn(4, 24, 16) / 4, randn(4, 16, 24) / 4, weights, offsets, order, None
 
 
-def _example_backward(device: torch.device, dtype: torch.dtype):
-    args = _example(device, dtype)
-    return torch.randn_like(args[0]), *args, ref.forward(*args)[1]
+def _probe(width: int, hidden: int):
+    """150 tokens of such sizes, 3 slots each, over four experts of which one has no rows."""
+
+    def make(device: torch.device, dtype: torch.dtype):
+        randn = lambda *shape: torch.randn(shape, device=device, dtype=dtype)  # noqa: E731
+        weights = torch.rand(150, 3, device=device, dtype=acc_dtype(dtype))
+        _, offsets, order = group_rows(torch.randint(3, (150, 3), device=device), 4)
+        up, down = randn(4, hidden, width) / width**0.5, randn(4, width, hidden) / hidden**0.5
+        return randn(150, width), up, down, weights, offsets, order, None
+
+    return make
 
 
-def _example_fp8(device: torch.device, dtype: torch.dtype):
+# csrc has tiles of 256 and 232, 224 and 192 columns for these.
+PROBES = [_probe(256, 232), _probe(224, 192)]
+
+
+def _before_backward(example):
+    def make(device: torch.device, dtype: torch.dtype):
+        args = example(device, dtype)
+        return torch.randn_like(args[0]), *args, ref.forward(*args)[1]
+
+    return make
+
+
+def _example_fp8(device: torch.device, dtype: torch.dtype, width: int = 32, hidden: int = 48):
     *_, weights, offsets, order, _ = _example(device, torch.float32)
     rand = lambda *shape: torch.rand(shape, device=device) + 0.5  # noqa: E731
 
@@ -218,8 +240,10 @@ def _example_fp8(device: torch.device, dtype: torch.dtype):
         values = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
         return values.view(torch.uint8)
 
-    return (byte(6, 32), rand(6), byte(4, 48, 32), rand(4, 48) / 4, rand(4), byte(4, 32, 48),
-            rand(4) / 4, weights, offsets, order, dtype)  # fmt: skip
+    return (
+        byte(6, width), rand(6), byte(4, hidden, width), rand(4, hidden) / 4, rand(4),
+        byte(4, width, hidden), rand(4) / 4, weights, offsets, order, dtype,
+    )  # fmt: skip
 
 
 def _fake(x, up, down, weights, offsets, order, starts):
@@ -237,7 +261,8 @@ moe_experts_backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=ref.backward,
     fake=_fake_backward,
-    example=_example_backward,
+    example=_before_backward(_example),
+    probes={"csrc": [_before_backward(probe) for probe in PROBES]},
     plan=lambda dy, x, up, down, weights, offsets, order, starts, hidden: _plan(
         x, up, down, weights, offsets, order, starts, backward=True
     ),
@@ -261,6 +286,7 @@ moe_experts = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
+    probes={"csrc": PROBES},
     plan=lambda *args: _plan(*args),
     kernel="moe_experts.kernel:forward",
     setup_context=_setup,
@@ -275,6 +301,7 @@ moe_experts_fp8 = register(
     reference=ref.forward_fp8,
     fake=lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
     example=_example_fp8,
+    probes={"csrc": [partial(_example_fp8, width=160, hidden=160)]},
     plan=_plan_fp8,
     kernel="moe_experts.kernel_fp8:forward",
 )

@@ -94,6 +94,16 @@ def _example(device: torch.device, dtype: torch.dtype):
     return logits, bias, 3, 3, 2, True, 2.5
 
 
+def _probe(experts: int, top_k: int):
+    """9 tokens of a model with so many experts."""
+
+    def make(device: torch.device, dtype: torch.dtype):
+        logits = torch.randn(9, experts, device=device, dtype=dtype)
+        return logits, torch.rand(experts, device=device), top_k, 1, 1, True, 5.0
+
+    return make
+
+
 def _example_backward(device: torch.device, dtype: torch.dtype):
     args = _example(device, dtype)
     weights, experts, *_ = ref.forward(*args)
@@ -143,6 +153,7 @@ moe_route = register(
     reference=ref.forward,
     fake=_fake,
     example=_example,
+    probes={"csrc": [_probe(128, 6), _probe(512, 22)]},
     plan=_plan_forward,
     kernel="moe_route.kernel:forward",
     setup_context=_setup,

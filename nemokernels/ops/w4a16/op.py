@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from nemokernels import _backends, _ext, _triton, _tuned
 from nemokernels._registry import acc_dtype, family, register
 from nemokernels.ops.moe_experts.op import Tile, too_many
 from nemokernels.ops.moe_experts.passes import SLOT_BYTES
+from nemokernels.ops.moe_route.ref import group_rows
 from nemokernels.ops.nvfp4.ref import quantize_weight
 from nemokernels.ops.w4a16 import native, ref
 
@@ -112,8 +114,8 @@ def _example_weight(device: torch.device, rows: int, columns: int):
     return *ref.tile(codes, scales), scale_2
 
 
-def _example_linear(device: torch.device, dtype: torch.dtype):
-    x = torch.randn(2, 5, 48, device=device, dtype=dtype)
+def _example_linear(device: torch.device, dtype: torch.dtype, rows: int = 5):
+    x = torch.randn(2, rows, 48, device=device, dtype=dtype)
     return x, *_example_weight(device, 40, 48), 40
 
 
@@ -122,13 +124,12 @@ def _example_linear_backward(device: torch.device, dtype: torch.dtype):
     return dy, *_example_weight(device, 40, 48), 48
 
 
-def _example_experts(device: torch.device, dtype: torch.dtype):
-    """6 tokens, 2 slots; experts 1 and 3 of four have no rows."""
+def _example_experts(device: torch.device, dtype: torch.dtype, tokens: int = 6):
+    """2 slots per token; experts 1 and 3 of four have no rows."""
     up, down = ([_example_weight(device, *s) for _ in range(4)] for s in ((80, 48), (48, 80)))
-    weights = torch.rand(6, 2, device=device, dtype=acc_dtype(dtype))
-    offsets = torch.tensor([5, 5, 12, 12], device=device, dtype=torch.int32)
-    order = torch.tensor([0, 3, 5, 6, 10, 1, 2, 4, 7, 8, 9, 11], device=device, dtype=torch.int32)
-    x = torch.randn(6, 48, device=device, dtype=dtype)
+    weights = torch.rand(tokens, 2, device=device, dtype=acc_dtype(dtype))
+    _, offsets, order = group_rows(2 * torch.randint(2, (tokens, 2), device=device), 4)
+    x = torch.randn(tokens, 48, device=device, dtype=dtype)
     stacked = [torch.stack(parts) for parts in (*zip(*up), *zip(*down))]
     return x, *stacked, 80, weights, offsets, order
 
@@ -164,6 +165,7 @@ linear = register(
     reference=ref.linear,
     fake=lambda x, codes, scales, global_scale, rows: x.new_empty((*x.shape[:-1], rows)),
     example=_example_linear,
+    probes={"csrc": [partial(_example_linear, rows=rows) for rows in (1, 20)]},
     plan=lambda x, codes, scales, global_scale, rows: _plan(
         x, x.shape[:-1].numel(), 1, global_scale, columns=rows
     ),
@@ -180,6 +182,7 @@ experts = register(
     reference=ref.experts,
     fake=lambda x, *_: x.new_empty(x.shape),
     example=_example_experts,
+    probes={"csrc": [partial(_example_experts, tokens=tokens) for tokens in (24, 80)]},
     plan=_plan_experts,
     kernel="w4a16.kernel:experts",
 )
