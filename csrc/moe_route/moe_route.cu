@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kChunks = kMostSlots / kLanes;  // a chunk has a slot per lane
+constexpr int kBatch = 8;                     // chunks summed up at a time
 constexpr int32_t kLast = INT32_MIN;          // behind every score, also -inf
 constexpr int32_t kNone = INT32_MAX;          // no expert
 constexpr float kSumEps = 1e-20f;
@@ -59,11 +60,12 @@ struct Kernel {
   using Params = Route;
   using Lanes = PerLane<Candidates<kPerLane>>;
   static constexpr int kThreads = kWarps * kLanes;
-  static constexpr int kSteps = 5;
+  static constexpr int kSteps = 4;
   static constexpr int kExperts = kPerLane * kLanes;
 
   struct Shared {
-    int32_t first_row[kExperts];         // counts, then each expert's first row
+    int32_t rows_of[kPerLane];           // of 32 experts each
+    int32_t first_row[kExperts];         // of an expert, from the first row of its 32 on
     uint16_t before[kChunks][kExperts];  // a chunk's slots of an expert, then those of chunks before
     uint16_t expert[kMostSlots];
     uint8_t earlier[kMostSlots];  // slots of the same expert before this one, within its chunk
@@ -77,10 +79,8 @@ struct Kernel {
       count(p, thread, s);
     } else if constexpr (kStep == 2) {
       sum_chunks(p, thread, s);
-    } else if constexpr (kStep == 3) {
-      place_experts(p, thread, s);
     } else {
-      place_slots(p, thread, s);
+      place(p, thread, s);
     }
   }
 
@@ -215,46 +215,55 @@ struct Kernel {
     }
   }
 
+  // A thread per expert: rows of the chunks before each chunk, then of the experts before.
   static NEMO_HD void sum_chunks(const Route& p, int thread, Shared& s) {
+    if (!leads_warp(thread)) return;
     const int chunks = int(ceil_div(slots(p), kLanes));
-    for (int e = thread; e < kExperts; e += kThreads) {
-      int32_t total = 0;
-#pragma unroll 8
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int32_t here = s.before[chunk][e];
-        s.before[chunk][e] = uint16_t(total);
-        total += here;
-      }
-      s.first_row[e] = total;
-      if (e < p.experts) p.counts[e] = total;
+    for (int group = thread / kLanes; group < kPerLane; group += kWarps) {
+      PerLane<int32_t> total, before;
+      each_lane(thread, [&](int lane) {
+        const int e = group * kLanes + lane;
+        total[lane] = 0;
+        for (int first = 0; first < chunks; first += kBatch) {
+          int32_t here[kBatch];  // loads do not wait for the stores of others
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            here[i] = first + i < chunks ? s.before[first + i][e] : 0;
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (first + i < chunks) s.before[first + i][e] = uint16_t(total[lane]);
+            total[lane] += here[i];
+          }
+        }
+        before[lane] = total[lane];
+      });
+      sum_before(before);
+      each_lane(thread, [&](int lane) {
+        const int e = group * kLanes + lane;
+        s.first_row[e] = before[lane];
+        if (e < p.experts) p.counts[e] = total[lane];
+        if (lane == kLanes - 1) s.rows_of[group] = before[lane] + total[lane];
+      });
     }
   }
 
-  // The first warp; a lane has kPerLane experts that follow each other.
-  static NEMO_HD void place_experts(const Route& p, int thread, Shared& s) {
-    if (thread >= kLanes || !leads_warp(thread)) return;
-    PerLane<int32_t> first;
-    each_lane(thread, [&](int lane) {
-      first[lane] = 0;
+  static NEMO_HD int32_t first_row(const Shared& s, int e) {
+    int32_t first = s.first_row[e];
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) first[lane] += s.first_row[lane * kPerLane + i];
-    });
-    sum_before(first);
-    each_lane(thread, [&](int lane) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const int32_t e = lane * kPerLane + i, rows = s.first_row[e];
-        s.first_row[e] = first[lane];
-        first[lane] += rows;
-        if (e < p.experts) p.offsets[e] = first[lane];
-      }
-    });
+    for (int group = 0; group < kPerLane; ++group) {
+      if (group < e / kLanes) first += s.rows_of[group];
+    }
+    return first;
   }
 
-  static NEMO_HD void place_slots(const Route& p, int thread, Shared& s) {
+  static NEMO_HD void place(const Route& p, int thread, Shared& s) {
+    for (int e = thread; e < p.experts; e += kThreads) {
+      p.offsets[e] = e + 1 < kExperts ? first_row(s, e + 1) : slots(p);
+    }
     for (int slot = thread; slot < slots(p); slot += kThreads) {
       const int e = s.expert[slot];
-      p.order[s.first_row[e] + s.before[slot / kLanes][e] + s.earlier[slot]] = slot;
+      p.order[first_row(s, e) + s.before[slot / kLanes][e] + s.earlier[slot]] = slot;
     }
   }
 };

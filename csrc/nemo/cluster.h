@@ -42,9 +42,13 @@ __global__ void __launch_bounds__(Kernel::kThreads)
   extern __shared__ __align__(16) uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(memory);
   Kernel::template step<0>(params, blockIdx.x, gridDim.x, threadIdx.x, shared);
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (blockIdx.x > 0) return;
+  if (gridDim.x == 1) {
+    __syncthreads();
+  } else {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (blockIdx.x > 0) return;
+  }
   steps_from<Kernel, 1>(params, shared);
 }
 
