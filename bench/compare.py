@@ -25,7 +25,9 @@ def load(path: Path) -> dict:
     try:
         document = json.loads(Path(path).read_text())
         document["card"]["name"], document["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise Incomparable(f"{path}: cannot be opened ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise Incomparable(f"{path}: not a bench result ({error})") from None
     return document
 

@@ -25,7 +25,9 @@ def read_file(path: str | Path, parse: Callable[[object], T]) -> T:
     """
     try:
         data = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be opened ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from error
     try:
         return parse(data)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ import torch
 
 import nemokernels
 from nemokernels.models import save_pretrained
-from nemokernels.train import cli, demo
+from nemokernels.train import cli, demo, log
 from nemokernels.train.log import Log, read
 from nemokernels.train.trainer import Report
 
@@ -70,11 +71,11 @@ def test_train_then_generate(capsys, folder, tmp_path):
     args = ["--model", folder / "model", "--data", folder / "text.txt", "--out", tmp_path / "run"]
     sizes = ["--steps", 3, "--seq-len", 32, "--windows", 2, "--save-every", 2]
     code, out, err = run(capsys, "train", *args, *sizes)
-    assert code == 0, err
+    assert code == 0 and "continues" not in out, err
     assert (tmp_path / "run/loss.png").read_bytes()[:4] == b"\x89PNG"
     assert [r.step for r in read(tmp_path / "run/log.jsonl")] == [1, 2, 3]
     code, out, err = run(capsys, "train", *args, *sizes[2:], "--steps", 4)  # a rerun continues
-    assert code == 0, err
+    assert code == 0 and "continues after step 3 of 4" in out, err
     assert [r.step for r in read(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4]
     ask = [tmp_path / "run/model", "--prompt", "item", "the", "--max-new-tokens", 5, "--json"]
     code, out, err = run(capsys, "generate", *ask, "--speculate", 2)
@@ -88,7 +89,7 @@ def test_train_then_generate(capsys, folder, tmp_path):
         (["generate", "/absent", "--prompt", "x"], "/absent: no such folder"),
         (["generate", "{f}/model", "--prompt"], "--prompt names no text"),
         (["train", "--model", "/absent.json", "--data", "{f}/text.txt", "--out", "{t}/o",
-          "--steps", "1"], "/absent.json"),
+          "--steps", "1"], "/absent.json: cannot be opened (No such file"),
         (["train", "--model", "no-such-variant", "--data", "{f}/text.txt", "--out", "{t}/o",
           "--steps", "1"], "no variant 'no-such-variant'"),
         (["train", "--model", "Minitron 8B", "--data", "{f}/text.txt", "--out", "{t}/o", "--steps",
@@ -104,17 +105,18 @@ def test_train_then_generate(capsys, folder, tmp_path):
         (["train", "--model", "{f}/model", "--data", "{t}/latin1", "--out", "{t}/o", "--steps",
           "1"], "not UTF-8"),
         (["train", "--model", "{f}/model", "--data", "{f}/text.txt", "--out", "{t}/latin1/o",
-          "--steps", "1", "--seq-len", "32", "--windows", "2"], "latin1"),
+          "--steps", "1", "--seq-len", "32", "--windows", "2"],
+         "nemokernels: {t}/latin1/o: Not a directory"),
         (["train", "--model", "{f}/model", "--data", "{f}/text.txt", "--out", "{t}/o", "--steps",
           "1", "--tokenizer", "{f}/text.txt"], "not a tokenizer.json"),
         (["demo", "--data", "/absent", "--out", "{t}/o"], "/absent: no such file or folder"),
         (["demo", "--steps", "0", "--out", "{t}/o"], "steps must be at least 1, got 0"),
-        (["bench", "--compare", "/absent", "/absent"], "/absent: not a bench result"),
+        (["bench", "--compare", "/absent", "/absent"], "/absent: cannot be opened"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(capsys, folder, tmp_path, args, message):
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
-    args = [a.format(f=folder, t=tmp_path) for a in args]
+    *args, message = (a.format(f=folder, t=tmp_path) for a in (*args, message))
     code, _, err = run(capsys, *args)
     assert code == 2
     assert (
@@ -150,10 +152,24 @@ def test_demo_verdicts_can_fail():
 
 def test_log_drops_what_a_lost_checkpoint_had_written(tmp_path):
     path = tmp_path / "log.jsonl"
-    with Log(path, step=0, steps=3, show=True) as log:
+    with Log(path, step=0, steps=3, show=True) as written:
         for step in (1, 2, 3):
-            log(report(step, 1.0))
+            written(report(step, 1.0))
     path.write_text(path.read_text() + '{"step": 4, "los')
-    with Log(path, step=2, steps=3, show=True) as log:
-        log(report(3, 0.5))
+    with Log(path, step=2, steps=3, show=True) as written:
+        written(report(3, 0.5))
     assert [(r.step, r.losses[0]) for r in read(path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_log_writes_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    """The first step's, then one every ten seconds; ranks that show nothing write none."""
+    clock = iter((100.0, 100.0, 109.9, 110.0, 110.0))  # asked twice where a line is written
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Log(tmp_path / "log.jsonl", step=0, steps=3, show=True) as shown:
+        for step in (1, 2, 3):
+            shown(report(step, float(step)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines == ["step 1/3  loss 1.000  128 tok/s", "step 3/3  loss 3.000  128 tok/s"]
+    with Log(tmp_path / "log.jsonl", step=0, steps=3, show=False) as hidden:
+        hidden(report(1, 1.0))
+    assert not capsys.readouterr().out

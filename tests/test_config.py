@@ -200,7 +200,7 @@ def test_bad_file(text, message, tmp_path):
 
 
 def test_absent_file(tmp_path):
-    with pytest.raises(ConfigError, match="is not readable JSON"):
+    with pytest.raises(ConfigError, match=r"config.json: cannot be opened \(No such file"):
         read_config(tmp_path / "config.json")
 
 

@@ -86,11 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except USER_ERRORS as error:
-        print(f"nemokernels: {error}", file=sys.stderr)
+        print(f"nemokernels: {_reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nemokernels: interrupted", file=sys.stderr)
         return 130
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, batches, settings, out, fill=fill)
     step, first = trainer.resume(), trainer.rank == 0
+    if step and first:
+        Console().print(f"continues after step {step} of {settings.steps}", highlight=False)
     with Log(out / "log.jsonl", step=step, steps=settings.steps, show=first) as log:
         trainer.run(save_every=save_every, on_step=log)
     trainer.export(out / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -11,9 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nemokernels.train.trainer import Report
 
+SECONDS_A_LINE = 10.0
+
 
 class Log:
-    """Append reports to ``path`` and show them on a progress bar.
+    """Append reports to ``path`` and show them on a progress bar, in a file as lines now and then.
 
     When a run resumes at ``step``, later lines are removed: they are of steps whose checkpoint was
     lost.
@@ -34,6 +37,9 @@ class Log:
             disable=not show,
         )
         self._task = self._bar.add_task("", total=steps, completed=step, line="")
+        console = self._bar.console
+        self._lines = console if show and not console.is_terminal else None
+        self._steps, self._due = steps, 0.0
 
     def __enter__(self) -> Log:
         self._bar.start()
@@ -55,6 +61,9 @@ class Log:
             self._write(report)
         line = f"loss {report.losses[0]:.3f}  {report.tokens / report.seconds:,.0f} tok/s"
         self._bar.update(self._task, completed=report.step, line=line)
+        if self._lines and time.monotonic() >= self._due:
+            self._lines.print(f"step {report.step}/{self._steps}  {line}", highlight=False)
+            self._due = time.monotonic() + SECONDS_A_LINE
 
     def _write(self, report: Report) -> None:
         self._file.write(json.dumps(dataclasses.asdict(report)) + "\n")
