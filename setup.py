@@ -8,8 +8,16 @@ beside them, and ``nemokernels build`` compiles those afterwards.
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip checks this only where it isolates
+    raise SystemExit(
+        f"nemokernels is built by setuptools 77 or newer, this is {setuptools.__version__}: "
+        "pip install -U setuptools"
+    )
 from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
@@ -33,6 +41,8 @@ def choose_archs(build) -> list[str]:
         missing = "torch cannot be imported (pip install --no-build-isolation uses yours)"
     elif build.find_nvcc() is None:
         missing = "there is no nvcc on PATH or under CUDA_HOME"
+    elif unknown := sorted(set(asked).difference(build.ARCHS)):
+        missing = f"{' '.join(unknown)} is none of {' '.join(build.ARCHS)}"
     elif not asked and not build.local_archs():
         missing = "there is no supported GPU here and NEMOKERNELS_CUDA_ARCHS is not set"
     elif build.needs_cutlass(asked or build.local_archs()):
@@ -53,16 +63,12 @@ class BuildPy(build_py):
     """Also puts the compiled library into the package (editable: into the user's cache)."""
 
     def run(self):
-        super().run()
-        if self.editable_mode:
-            if ARCHS:
-                BUILD.build(ARCHS)
-            return
         package = Path(self.build_lib) / "nemokernels"
-        for left_over in package.glob("_C-*.so"):
-            left_over.unlink()
+        if not self.editable_mode:  # what an earlier build left there would be shipped
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
         if ARCHS:
-            BUILD.build(ARCHS, out=package)
+            BUILD.build(ARCHS, out=None if self.editable_mode else package)
 
 
 class Wheel(bdist_wheel):

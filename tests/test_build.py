@@ -3,9 +3,12 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -201,7 +204,14 @@ def install(wheel, folder):
 
 
 def test_wheel_without_nvcc_is_pure_and_carries_the_sources(tree, tmp_path):
+    for left_over in ("ops/gone/__init__.py", "_C-0-90a.so"):  # by an earlier build of the tree
+        path = tree / "build/lib/nemokernels" / left_over
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     wheel, said = build_wheel(tree, PATH=str(tmp_path), CUDA_HOME="")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "nemokernels/ops/ssd/kernel.py" in names
+    assert not [n for n in names if "gone" in n or n.endswith(".so")]
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "csrc/ is not compiled: there is no nvcc" in said
     home, csrc, digest, why = install(wheel, tmp_path / "venv")(
@@ -214,9 +224,45 @@ def test_wheel_without_nvcc_is_pure_and_carries_the_sources(tree, tmp_path):
     assert digest == _build.source_digest() and "not built" in why
 
 
+def test_source_distribution_holds_what_git_tracks(tmp_path):
+    tracked = output("git", "ls-files", cwd=ROOT).split()
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = "import setuptools.build_meta as b; b.build_sdist('out')"
+    output(sys.executable, "-c", build, cwd=tmp_path)
+    with tarfile.open(next((tmp_path / "out").iterdir())) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert not set(tracked) - held
+
+
 def test_asking_for_architectures_without_nvcc_fails(tree, tmp_path):
     with pytest.raises(AssertionError, match="NEMOKERNELS_CUDA_ARCHS is set, but there is no nvcc"):
         build_wheel(tree, PATH=str(tmp_path), CUDA_HOME="", NEMOKERNELS_CUDA_ARCHS="90a")
+
+
+def fresh_setup(tree, *before, **environment):
+    """What setup.py says, run after the lines ``before``, where it refuses to build."""
+    code = "\n".join([*before, "import runpy", "runpy.run_path('setup.py')"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True,
+                          env={**os.environ, **environment})  # fmt: skip
+    assert done.returncode == 1 and not done.stdout
+    return done.stderr
+
+
+@needs_nvcc
+def test_an_unknown_architecture_is_one_line(tree):
+    said = fresh_setup(tree, NEMOKERNELS_CUDA_ARCHS="90a;80")
+    assert said == "NEMOKERNELS_CUDA_ARCHS is set, but 80 is none of 90a 100a 120a\n"
+
+
+def test_an_old_setuptools_is_one_line(tree):
+    said = fresh_setup(tree, "import setuptools", "setuptools.__version__ = '65.5.0'")
+    assert said.startswith("nemokernels is built by setuptools 77 or newer, this is 65.5.0")
+    assert said.count("\n") == 1
+    project = (ROOT / "pyproject.toml").read_text()
+    minimum = re.search(r'requires = \["setuptools>=(\d+)"\]', project)
+    assert f"setuptools {minimum[1]} or newer" in said
 
 
 @needs_nvcc
