@@ -261,15 +261,16 @@ SWEEPS = (
     # Tiles for few, some and many rows; up, down and a linear layer.
     Sweep(
         w4a16,
-        most={"w4a16_kernel": 9, "w4a16_backward_kernel": 3, "moe_experts_tiles_kernel": 3},
+        most={"w4a16_kernel": 11, "w4a16_backward_kernel": 3, "moe_experts_tiles_kernel": 3},
     ),
-    # Tiles for few, some and many rows per expert, of two products forward and two backward.
+    # Tiles for few, some and many rows per expert, of two products forward and two backward; few
+    # with a table and, below a row per expert, without one.
     Sweep(
         moe_experts,
         ({}, dict(ragged=True)),
         most={
             "moe_experts_tiles_kernel": 3,
-            "moe_experts_rows_kernel": 12,
+            "moe_experts_rows_kernel": 16,
             "moe_experts_weight_grad_kernel": 2,
             "moe_experts_slot_sum_kernel": 2,
             "column_sum_kernel": 2,  # over slots, in vectors where 16 divides them
@@ -279,7 +280,7 @@ SWEEPS = (
         moe_experts_fp8,
         ({}, dict(per_row=True)),
         # The scale of a lone token is that of a tensor.
-        most={"moe_experts_tiles_kernel": 3, "moe_experts_fp8_kernel": 7},
+        most={"moe_experts_tiles_kernel": 3, "moe_experts_fp8_kernel": 9},
     ),
     Sweep(mtp_verify, ({}, dict(sampled=True), dict(cut=True))),
 )

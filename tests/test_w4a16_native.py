@@ -9,6 +9,7 @@ from expert_tiles import tiles_of
 from fenced import EDGES, fenced
 
 from nemokernels import NVFP4, moe_route, testing, tile_nvfp4
+from nemokernels.ops.moe_route.ref import group_rows
 from nemokernels.ops.w4a16 import native, op, ref
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,6 +77,29 @@ def test_experts(device, dtype, rows, tokens, spread):
         x = torch.cat([x, x]) if part == "up" else x  # rows for the part that is not asked
         low, exact = (parts(t, weight, table[:2], 48)[part] for t in (x, x.double()))
         testing.assert_matches(got, exact, low, part)
+
+
+@pytest.mark.parametrize("rows", native.ROWS)
+@pytest.mark.parametrize("experts", [5, 70])
+def test_without_a_table_of_tiles_the_same_bits(device, rows, experts):
+    x, weight = (torch.randn(40, 80) / 64).to(BF16), random_weight(experts, 48, 80)
+    for chosen in (torch.randint(experts, (40, 1)), torch.full((40, 1), experts - 1),
+                   torch.zeros(40, 1, dtype=torch.int64)):  # fmt: skip
+        _, *route = group_rows(chosen, experts)
+        for part in ("up", "slots"):
+            got, want = (
+                product(device, x, weight, (*route[::-1], *tiles), part, rows,
+                        torch.full((40, 48), torch.nan, dtype=BF16))
+                for tiles in ((None, None), tiles_of(route[0], rows))
+            )  # fmt: skip
+            assert torch.equal(got, want) and want.isfinite().all()
+
+
+def test_wide_products_need_a_table(hopper_device):
+    route = torch.arange(4).int(), torch.tensor([4], dtype=torch.int32), None, None
+    with pytest.raises(RuntimeError, match="expected the route of every row"):
+        product(hopper_device, torch.zeros(4, 80).to(BF16), random_weight(1, 48, 80), route, "up",
+                native.WIDE, torch.zeros(4, 48).to(BF16))  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", native.ROWS)
@@ -163,6 +187,22 @@ def test_a_route_that_is_none_stays_in_bounds(device, rows=8):
         out = torch.full((4, 32), -5.0, dtype=BF16)
         got = product(device, x, weight, (order, offsets, *table), part, rows, out)
         assert (got[[1, 2]] == -5).all() and (got[[0, 3]] != -5).any(1).all()
+
+
+@pytest.mark.parametrize("ends, reached", [
+    ((3, 900), [0, 3]), ((-1, 2), []), ((2, -9), []), ((-5, -5), []), ((2**31 - 1, 7), [0, 3]),
+    ((-(2**31), 2**31 - 1), [0, 3]),
+])  # fmt: skip
+def test_ends_that_are_none_without_a_table(device, ends, reached):
+    weight, x = random_weight(2, 32, 64), torch.randn(4, 64).to(BF16)
+    route = [torch.tensor(t, dtype=torch.int32) for t in ([0, -7, 99, 3], ends)]
+    if torch.device(device).type == "cpu":
+        x, *route = (fenced(t, "behind") for t in (x, *route))
+        weight = [fenced(t, "behind") for t in weight]
+    for part in ("up", "slots"):
+        out = torch.full((4, 32), -5.0, dtype=BF16)
+        got = product(device, x, weight, (*route, None, None), part, 8, out)
+        assert (got != -5).any(1).nonzero().flatten().tolist() == reached, part
 
 
 def test_strided_rows_and_repeats(device, rows=8):

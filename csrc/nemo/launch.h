@@ -53,7 +53,7 @@ void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream
 
 template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t blocks, Stream) {
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t block = blocks; block-- > 0;) {  // a block that writes another's part shows
     typename Kernel::Shared shared;
     for (int thread = 0; thread < Kernel::kThreads; ++thread) {
       Kernel::walk(params, block, thread, shared);

@@ -76,6 +76,16 @@ NEMO_HD float sum(PerLane<float>& v) {
   return v[0];
 }
 
+NEMO_HD int32_t sum(PerLane<int32_t>& v) {
+#ifdef __CUDA_ARCH__
+  return __reduce_add_sync(~0u, v.value);
+#else
+  int32_t out = 0;
+  for (int lane = 0; lane < kLanes; ++lane) out += v[lane];
+  return out;
+#endif
+}
+
 // Every lane's sum of the lanes before it.
 NEMO_HD void sum_before(PerLane<int32_t>& v) {
 #ifdef __CUDA_ARCH__

@@ -20,6 +20,7 @@ struct ProductKernel {
   static constexpr bool kReduces = true;
 
   struct Shared {
+    Place at;
     float sum[kWarps][16 * kRowTiles][kColumns + 1];
   };
 
@@ -34,7 +35,8 @@ struct ProductKernel {
   };
 
   static NEMO_HD void walk(const Params& p, int64_t block, int thread, Shared& shared) {
-    const Place at = place<kColumns, 16 * kRowTiles>(p, block);
+    const Place at = place<kColumns, 16 * kRowTiles>(p, block, thread);
+    if (thread == 0) shared.at = at;
     if (at.expert < 0 || !leads_warp(thread)) return;
     const int warp = thread / kLanes, depth = int(p.depth), units = int(ceil_div(p.depth, 64));
     const int64_t first_tile = p.first_tile + at.row_block * kRowTiles;
@@ -126,7 +128,7 @@ struct ProductKernel {
 
   // The warps' sums, added in order; scale, epilogue, one cast.
   static NEMO_HD void finish(const Params& p, int64_t block, int thread, Shared& shared) {
-    const Place at = place<kColumns, 16 * kRowTiles>(p, block);
+    const Place at = shared.at;
     if (at.expert < 0) return;
     const float scale = p.global_scale[at.expert] * kLeftOver;
 #pragma unroll

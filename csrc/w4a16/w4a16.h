@@ -26,7 +26,7 @@ struct Product {
   Part part;
 
   // Of experts: the slot of each row, the end of each expert's rows, tiles of rows (expert or -1,
-  // first row).
+  // first row), which may be null for up to 32 rows of x per block.
   const int32_t *order, *offsets, *tile_expert, *tile_row;
   int64_t experts, tiles;
   int64_t top_k;

@@ -47,7 +47,7 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
   p.tile_expert = int32_data(tile_expert);
   p.tile_row = int32_data(tile_row);
   p.experts = offsets ? offsets->size(0) : 1;
-  p.tiles = tile_expert ? tile_expert->size(0) : 0;
+  p.tiles = tile_expert ? tile_expert->size(0) : p.rows;
   p.top_k = top_k;
   STD_TORCH_CHECK(codes.dim() >= 4, "expected a weight in tiles of 16 x 64");
   p.weight_tiles = codes.size(codes.dim() - 4);
@@ -59,9 +59,10 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
   STD_TORCH_CHECK(codes.numel() == p.experts * unit_tiles * 512 &&
                       scales.numel() == p.experts * unit_tiles * 64,
                   "expected a weight in tiles of 16 x 64");
-  STD_TORCH_CHECK(p.part == Part::kPlain || (order && offsets && tile_row &&
-                                             order->numel() == p.rows &&
-                                             tile_row->numel() == p.tiles),
+  STD_TORCH_CHECK(p.part == Part::kPlain || (order && offsets && order->numel() == p.rows &&
+                                             (rows != kWide || tile_expert) &&
+                                             (!tile_expert ||
+                                              (tile_row && tile_row->numel() == p.tiles))),
                   "expected the route of every row");
   STD_TORCH_CHECK(x.size(0) * (p.part == Part::kUp ? top_k : 1) >= p.rows,
                   "expected a row per token to go up, else one per row of the result");

@@ -32,6 +32,24 @@ NEMO_HD Place place(const Product& p, int64_t block) {
   return at;
 }
 
+// The same by a warp, all lanes of which must call. Without a table tile i begins at row i, if that is
+// an expert's first or a multiple of kColumns rows behind it.
+template <int kColumns, int kRows>
+NEMO_HD Place place(const Product& p, int64_t block, int thread) {
+  if (p.part == Part::kPlain || p.tile_expert) return place<kColumns, kRows>(p, block);
+  const int64_t row_blocks = ceil_div(p.width, kRows), row = block / row_blocks;
+  PerLane<int32_t> before;  // experts whose rows end before this one
+  each_lane(thread, [&](int lane) {
+    before[lane] = 0;
+    for (int64_t e = lane; e < p.experts; e += kLanes) before[lane] += p.offsets[e] <= row;
+  });
+  const int64_t expert = sum(before);
+  if (expert == p.experts) return {-1, 0, 0, 0};
+  const int64_t first = expert > 0 ? p.offsets[expert - 1] : 0;
+  if ((row - first) % kColumns != 0) return {-1, 0, 0, 0};
+  return {expert, row, smaller<int64_t>(p.offsets[expert], p.rows), block % row_blocks};
+}
+
 // The slot of a row; -1 where it has none.
 NEMO_HD int64_t slot_of(const Product& p, const Place& at, int64_t row) {
   if (row < 0 || row >= at.end) return -1;

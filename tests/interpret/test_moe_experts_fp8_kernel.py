@@ -67,9 +67,9 @@ def test_passes_over_columns_have_the_same_bits(per_row, tma):
     assert torch.equal(few, every) and few.any()
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 33])
-def test_all_to_one_expert(tokens):
-    compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "small")
+@pytest.mark.parametrize("tokens, experts", [(1, 4), (31, 4), (33, 4), (33, 40)])
+def test_all_to_one_expert(tokens, experts):
+    compare(make(tokens, experts, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "small")
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -119,21 +119,22 @@ def test_saturation():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-12)
 
 
-def test_a_route_that_is_none_stays_in_bounds():
-    *args, weights, _, _ = make(4, 2, 2, 32, 32)
+@pytest.mark.parametrize("experts", [2, 9])
+def test_a_route_that_is_none_stays_in_bounds(experts):
+    *args, weights, _, _ = make(4, experts, 2, 32, 32)
     order = torch.tensor([0, -7, 99, 3, 1, 2, 5, 6], dtype=torch.int32)
-    offsets = torch.tensor([3, 900], dtype=torch.int32)
+    offsets = torch.tensor([3] + [900] * (experts - 1), dtype=torch.int32)
     config = op.Config("triton", TILES["small"])
     got = kernel_fp8.forward(*args, weights, offsets, order, dtype=torch.float32, config=config)
     assert got.shape == (4, 32)
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_products_of_csrc(host_library, per_row):
+@pytest.mark.parametrize("tokens, per_row", [(70, False), (70, True), (2, True)])
+def test_products_of_csrc(host_library, tokens, per_row):
     """The table of tiles and the sums over slots are Triton's."""
-    args = make(70, 4, 2, 176, 48, per_row)
+    args = make(tokens, 4, 2, 176, 48, per_row)
     for most in (1, 2**40):
-        config = op.plan_fp8(140, 4, "", ("csrc",), (9, 0))
+        config = op.plan_fp8(2 * tokens, 4, "", ("csrc",), (9, 0))
         config = dataclasses.replace(config, slot_bytes=most)
         got = kernel_fp8.forward(*args, dtype=torch.bfloat16, config=config)
         low = ref.forward_fp8(*args, torch.bfloat16)

@@ -92,9 +92,9 @@ def test_experts(size, dtype, tile):
     compare(make(*size, dtype), tile)
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 33])
-def test_all_to_one_expert(tokens):
-    compare(make(tokens, 4, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "tall")
+@pytest.mark.parametrize("tokens, experts", [(1, 4), (31, 4), (33, 4), (33, 40)])
+def test_all_to_one_expert(tokens, experts):
+    compare(make(tokens, experts, 1, 32, 16, chosen=torch.full((tokens, 1), 2)), "tall")
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -152,11 +152,12 @@ def test_nan_stays_where_it_belongs():
     assert torch.equal(got.isnan(), want.isnan()) and want.isfinite().any()
 
 
-def test_a_route_that_is_none_stays_in_bounds():
+@pytest.mark.parametrize("experts", [2, 9])
+def test_a_route_that_is_none_stays_in_bounds(experts):
     """Slots out of range and offsets behind the end: nothing is written there."""
-    weight, x = quantized(2, 32, 32), torch.randn(8, 32)
+    weight, x = quantized(experts, 32, 32), torch.randn(8, 32)
     order = torch.tensor([0, -7, 99, 3, 1, 2, 5, 6], dtype=torch.int32)
-    offsets = torch.tensor([3, 900], dtype=torch.int32)
+    offsets = torch.tensor([3] + [900] * (experts - 1), dtype=torch.int32)
     for part in ("up", "slots"):
         around = torch.full((40, 32), -5.0)
         table = kernel._Table(offsets, order, 2, config("small"))
@@ -178,11 +179,11 @@ def test_passes_over_columns_have_the_same_bits():
     assert torch.equal(few, every) and few.any()
 
 
-@pytest.mark.parametrize("most", [1, 2**40])
-def test_wide_products_of_csrc(host_library, most):
+@pytest.mark.parametrize("tokens, most", [(150, 1), (150, 2**40), (2, 1)])
+def test_wide_products_of_csrc(host_library, tokens, most):
     """The table of tiles and the sums over slots are Triton's."""
     wide = op.Config("csrc", Tile(native.WIDE, 128, 64, 4, 2), slot_bytes=most)
-    args = make(150, 4, 2, 272, 48, F16)
+    args = make(tokens, 4, 2, 272, 48, F16)
     got = kernel.experts(*args, config=wide)
     exact = ref.experts(*testing.to_double(args[:1]), *args[1:8], args[8].double(), *args[9:])
     testing.assert_matches(got, exact, ref.experts(*args))

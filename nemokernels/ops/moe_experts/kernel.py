@@ -3,14 +3,17 @@
 T tokens of width X, E experts of width F, R rows sorted by expert, one per slot. A token has k
 slots, in a ragged route any number. Rows of tokens are gathered where they are loaded and results
 go straight to their slots, so no permuted copy exists; the slots hold a block of columns at a time
-(passes.py). A table made on the device gives each tile of rows its expert; the grids depend on
-shapes alone, and programs without a tile return.
+(passes.py). A table made on the device gives each tile of rows its expert; where there are fewer
+rows than experts, every row may begin a tile and programs find its expert themselves. The grids
+depend on shapes alone, and programs without a tile return.
 
 Rows past the end of an expert, and strided columns past the width, are loaded from somewhere valid
 rather than masked: they only reach results that are not stored.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -59,9 +62,34 @@ def moe_experts_tiles_kernel(
 
 
 @triton.jit
-def tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M: tl.constexpr):
-    # Rows of an expert's tile, which are real, and their slots.
-    row = tl.load(row_ptr + tile) + tl.arange(0, BLOCK_M)
+def tile_of(
+    offsets_ptr,
+    expert_ptr,
+    row_ptr,
+    tile,
+    experts,
+    BLOCK_M: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    # Expert, -1 for none, and first row of a tile. Without a table tile i begins at row i, if that
+    # is an expert's first or a multiple of BLOCK_M rows behind it.
+    if expert_ptr is None:
+        lane = tl.arange(0, LANES)
+        inside = lane < experts
+        ends = tl.load(offsets_ptr + lane, mask=inside, other=0)
+        expert = tl.sum((inside & (ends <= tile)).to(tl.int32), 0)
+        first = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
+        begins = (expert < experts) & ((tile - first) % BLOCK_M == 0)
+        expert, row = tl.where(begins, expert, -1), tile
+    else:
+        expert, row = tl.load(expert_ptr + tile), tl.load(row_ptr + tile)
+    return expert, row
+
+
+@triton.jit
+def tile_rows(order_ptr, offsets_ptr, first, expert, slots, BLOCK_M: tl.constexpr):
+    # Rows of an expert's tile from its first on, which are real, and their slots.
+    row = first + tl.arange(0, BLOCK_M)
     inside, slot = slots_of(order_ptr, row, tl.load(offsets_ptr + expert), slots)
     return row, inside, slot
 
@@ -99,6 +127,7 @@ def moe_experts_rows_kernel(
     weights_ptr,
     hidden_ptr,
     partial_ptr,
+    experts,
     first_column,
     columns,
     width,
@@ -116,6 +145,7 @@ def moe_experts_rows_kernel(
     K_INNER: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -128,11 +158,10 @@ def moe_experts_rows_kernel(
     blocks_n = tl.cdiv(columns, BLOCK_N)
     tile = tl.program_id(0) // blocks_n
     block_n = tl.program_id(0) % blocks_n
-    expert = tl.load(expert_ptr + tile)
+    expert, first = tile_of(offsets_ptr, expert_ptr, row_ptr, tile, experts, BLOCK_M, LANES)
     if expert < 0:
         return
-    first = tl.load(row_ptr + tile)
-    row, inside, slot = tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M)
+    row, inside, slot = tile_rows(order_ptr, offsets_ptr, first, expert, slots, BLOCK_M)
     a_row = token_of(tokens_ptr, slot, top_k) if GATHER else tl.where(inside, row, 0)
     out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first_n = first_column + block_n * BLOCK_N
@@ -321,6 +350,25 @@ def tile_table(offsets, slots, rows):
     return expert, row
 
 
+class Tiles(NamedTuple):
+    """Tiles of rows: how many at most, the table of them if there is one, and lanes without it."""
+
+    count: int
+    expert: torch.Tensor | None = None
+    row: torch.Tensor | None = None
+    lanes: int = 0
+
+
+def tiles_of(offsets, slots, rows, always=False):
+    """The tiles of ``rows`` rows; offsets contiguous. Kernels find them themselves where that takes
+    no more tiles, unless they ``always`` need a table."""
+    experts = offsets.shape[0]
+    if slots <= experts and not always:
+        return Tiles(slots, lanes=_triton.next_power_of_2(experts))
+    table = tile_table(offsets, slots, rows)
+    return Tiles(table[0].shape[0], *table)
+
+
 def forward(x, up, down, weights, offsets, order, starts, config):
     """As ref.forward."""
     x, route = as_rows(x), _Route(x.shape[0], weights, offsets, order, starts)
@@ -368,8 +416,7 @@ class _Tiles:
         self.route, self.shape, self.slot_bytes = route, config.rows, config.slot_bytes
         self.native, self.tma = config.backend == "csrc", config.tma and not config.rows.swap
         rows = native.ROWS if self.native else self.shape.rows
-        self.expert, self.row = tile_table(route.offsets, route.slots, rows)
-        self.count = self.expert.shape[0]
+        self.tiles = tiles_of(route.offsets, route.slots, rows, always=self.native)
 
     def columns(self, b, part):
         """Of a tile of a_r @ b_e."""
@@ -394,12 +441,13 @@ class _Tiles:
         strides. Returns ``out``."""
         depth, width = b.shape[1:]
         shape, route, columns = self.shape, self.route, out.shape[1]
-        grid = (self.count * cdiv(columns, shape.columns),)
+        tiles = self.tiles
+        grid = (tiles.count * cdiv(columns, shape.columns),)
         if not grid[0]:
             return out
         if self.native:
             return native.product(
-                a, b.mT, route.order, route.offsets, self.expert, self.row, route.top_k, part,
+                a, b.mT, route.order, route.offsets, tiles.expert, tiles.row, route.top_k, part,
                 self.columns(b, part), out, first, route.tokens, (route.weights, hidden, partial),
             )  # fmt: skip
         k_inner = b.stride(1) == 1
@@ -413,12 +461,13 @@ class _Tiles:
             block = [shape.columns, shape.depth] if k_inner else [shape.depth, shape.columns]
             b_arg = TensorDescriptor.from_tensor(b_rows.view(-1, b_rows.shape[2]), block)
         moe_experts_rows_kernel[grid](
-            a_arg, b_arg, out, route.order, route.offsets, route.tokens, self.expert, self.row,
-            route.weights, hidden, partial, first, columns, width, depth, route.slots, route.top_k,
-            a.stride(0), b.stride(0), b.stride(2), b.stride(1), PART=part, GATHER=gather,
-            TMA_A=tma_a, TMA_B=tma, K_INNER=k_inner, EVEN_K=depth % shape.depth == 0,
-            SWAP=shape.swap, BLOCK_M=shape.rows, BLOCK_N=shape.columns, BLOCK_K=shape.depth,
-            num_warps=shape.num_warps, num_stages=shape.num_stages,
+            a_arg, b_arg, out, route.order, route.offsets, route.tokens, tiles.expert, tiles.row,
+            route.weights, hidden, partial, b.shape[0], first, columns, width, depth, route.slots,
+            route.top_k, a.stride(0), b.stride(0), b.stride(2), b.stride(1), PART=part,
+            GATHER=gather, TMA_A=tma_a, TMA_B=tma, K_INNER=k_inner, SWAP=shape.swap,
+            EVEN_K=depth % shape.depth == 0, LANES=tiles.lanes, BLOCK_M=shape.rows,
+            BLOCK_N=shape.columns, BLOCK_K=shape.depth, num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
         )  # fmt: skip
         return out
 

@@ -15,7 +15,7 @@ from nemokernels import _triton
 from nemokernels._tl import offset64, squared_relu, to_fp8
 from nemokernels._triton import cdiv
 from nemokernels.ops.moe_experts import native
-from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_rows, tile_table
+from nemokernels.ops.moe_experts.kernel import slot_sum, takes_tma, tile_of, tile_rows, tiles_of
 from nemokernels.ops.moe_experts.passes import at_once, in_passes
 
 E4M3 = torch.float8_e4m3fn
@@ -33,6 +33,7 @@ def moe_experts_fp8_kernel(
     offsets_ptr,
     expert_ptr,
     row_ptr,
+    experts,
     first_column,
     columns,
     slots,
@@ -46,6 +47,7 @@ def moe_experts_fp8_kernel(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,10 +59,10 @@ def moe_experts_fp8_kernel(
     # handful of rows, which as the left one would be multiplied as float16.
     blocks_n = tl.cdiv(columns, BLOCK_N)
     tile, block_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
-    expert = tl.load(expert_ptr + tile)
+    expert, first = tile_of(offsets_ptr, expert_ptr, row_ptr, tile, experts, BLOCK_M, LANES)
     if expert < 0:
         return
-    row, inside, slot = tile_rows(order_ptr, offsets_ptr, row_ptr, tile, expert, slots, BLOCK_M)
+    row, inside, slot = tile_rows(order_ptr, offsets_ptr, first, expert, slots, BLOCK_M)
     a_row = slot // top_k if UP else tl.where(inside, row, 0)
     out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first_n = first_column + block_n * BLOCK_N
@@ -123,7 +125,7 @@ def forward(
     """As ref.forward_fp8."""
     weights, offsets, order = weights.contiguous(), offsets.contiguous(), order.contiguous()
     slots, tile, by_csrc = order.shape[0], config.rows, config.backend == "csrc"
-    table = tile_table(offsets, slots, native.ROWS if by_csrc else tile.rows)
+    tiles = tiles_of(offsets, slots, native.ROWS if by_csrc else tile.rows, always=by_csrc)
     hidden = x.new_empty(slots, up.shape[1])
 
     def tile_columns(b):
@@ -132,13 +134,14 @@ def forward(
     def product(a, a_scale, b, b_scale, out, is_up, first=0):
         a, b, b_scale = a.contiguous(), b.contiguous(), b_scale.contiguous()
         (_, width, depth), columns = b.shape, out.shape[1]
-        grid = (table[0].shape[0] * cdiv(columns, tile.columns),)
+        grid = (tiles.count * cdiv(columns, tile.columns),)
         if not grid[0]:
             return
         if by_csrc:
             native.product(
-                a, b, order, offsets, *table, weights.shape[1], "up" if is_up else "slots",
-                tile_columns(b), out, first, scales=(a_scale, b_scale, hidden_scale),
+                a, b, order, offsets, tiles.expert, tiles.row, weights.shape[1],
+                "up" if is_up else "slots", tile_columns(b), out, first,
+                scales=(a_scale, b_scale, hidden_scale),
             )  # fmt: skip
             return
         a, b = a.view(E4M3), b.view(E4M3)
@@ -148,11 +151,12 @@ def forward(
         if tma:
             b_arg = TensorDescriptor.from_tensor(b.view(-1, depth), [tile.columns, tile.depth])
         moe_experts_fp8_kernel[grid](
-            a, a_scale, b_arg, b_scale, hidden_scale, out, order, offsets, *table,
-            first, columns, slots, width, depth, weights.shape[1], a.stride(0), UP=is_up,
-            SCALE_PER_ROW=a_scale.numel() != 1, SCALE_PER_COLUMN=b_scale.dim() == 2, TMA=tma,
-            EVEN_K=depth % tile.depth == 0, SWAP=tile.swap, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            BLOCK_K=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            a, a_scale, b_arg, b_scale, hidden_scale, out, order, offsets, tiles.expert, tiles.row,
+            up.shape[0], first, columns, slots, width, depth, weights.shape[1], a.stride(0),
+            UP=is_up, SCALE_PER_ROW=a_scale.numel() != 1, SCALE_PER_COLUMN=b_scale.dim() == 2,
+            TMA=tma, EVEN_K=depth % tile.depth == 0, SWAP=tile.swap, LANES=tiles.lanes,
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
     hidden_scale = hidden_scale.contiguous()

@@ -19,7 +19,7 @@ import triton.language as tl
 from nemokernels import _triton
 from nemokernels._tl import e4m3_value, offset64, squared_relu
 from nemokernels._triton import aligned, as_rows, cdiv
-from nemokernels.ops.moe_experts.kernel import slot_sum, tile_rows, tile_table
+from nemokernels.ops.moe_experts.kernel import Tiles, slot_sum, tile_of, tile_rows, tiles_of
 from nemokernels.ops.moe_experts.passes import at_once, in_passes
 from nemokernels.ops.w4a16 import native
 
@@ -74,6 +74,7 @@ def w4a16_kernel(
     offsets_ptr,
     expert_ptr,
     row_ptr,
+    experts,
     first_column,
     columns,
     rows,
@@ -83,6 +84,7 @@ def w4a16_kernel(
     stride_x,
     PART: tl.constexpr,
     GATHER: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,12 +101,10 @@ def w4a16_kernel(
         x_row = tl.where(inside, row, 0)
         slot = row
     else:
-        expert = tl.load(expert_ptr + block_m)
+        expert, first = tile_of(offsets_ptr, expert_ptr, row_ptr, block_m, experts, BLOCK_M, LANES)
         if expert < 0:
             return
-        row, inside, slot = tile_rows(
-            order_ptr, offsets_ptr, row_ptr, block_m, expert, rows, BLOCK_M
-        )
+        row, inside, slot = tile_rows(order_ptr, offsets_ptr, first, expert, rows, BLOCK_M)
         x_row = slot // top_k if GATHER else tl.where(inside, row, 0)
     tiles, units = tl.cdiv(width, 16), tl.cdiv(depth, 64)
     out_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -227,7 +227,8 @@ class _Table:
 
     def __init__(self, offsets, order, top_k, config):
         self.offsets, self.order, self.top_k = offsets.contiguous(), order.contiguous(), top_k
-        self.tiles = tile_table(self.offsets, order.shape[0], config.tile.rows)
+        rows = config.tile.rows
+        self.tiles = tiles_of(self.offsets, order.shape[0], rows, always=rows == native.WIDE)
 
 
 def _product(x, weight, out, part, config, table=None, first=0):
@@ -236,21 +237,22 @@ def _product(x, weight, out, part, config, table=None, first=0):
     codes, scales, scale_2 = (t.contiguous() for t in weight)
     rows, columns = out.shape
     tile, depth, width = config.tile, x.shape[1], codes.shape[-4] * 16
-    tiles = cdiv(rows, tile.rows) if table is None else table.tiles[0].shape[0]
+    tiles = Tiles(cdiv(rows, tile.rows)) if table is None else table.tiles
     if not columns:
         return
-    route = (None,) * 4 if table is None else (table.order, table.offsets, *table.tiles)
+    route = (None, None) if table is None else (table.order, table.offsets)
+    route = *route, tiles.expert, tiles.row
     top_k = 1 if table is None else table.top_k
     if config.backend == "csrc":
         native.product(aligned(x), codes, scales, scale_2, *route, top_k, part, tile.rows, out,
                        first)  # fmt: skip
         return
     whole = cdiv(depth, 64) % (tile.depth // 64) == 0
-    w4a16_kernel[(tiles * cdiv(columns, tile.columns),)](
-        x, codes, scales, scale_2, out, *route, first, columns, rows, width, depth, top_k,
-        x.stride(0), PART=part, GATHER=part == "up", BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns, BLOCK_K=tile.depth if whole else 64, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    w4a16_kernel[(tiles.count * cdiv(columns, tile.columns),)](
+        x, codes, scales, scale_2, out, *route, scale_2.numel(), first, columns, rows, width,
+        depth, top_k, x.stride(0), PART=part, GATHER=part == "up", LANES=tiles.lanes,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth if whole else 64,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
