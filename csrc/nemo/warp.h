@@ -3,6 +3,8 @@
 // all 32 and the others return.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "nemo/core.h"
@@ -46,9 +48,7 @@ NEMO_HD int32_t largest(PerLane<int32_t>& v) {
 #ifdef __CUDA_ARCH__
   return __reduce_max_sync(~0u, v.value);
 #else
-  int32_t out = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) out = larger(out, v[lane]);
-  return out;
+  return *std::max_element(v.value, v.value + kLanes);
 #endif
 }
 
@@ -56,9 +56,7 @@ NEMO_HD int32_t smallest(PerLane<int32_t>& v) {
 #ifdef __CUDA_ARCH__
   return __reduce_min_sync(~0u, v.value);
 #else
-  int32_t out = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) out = smaller(out, v[lane]);
-  return out;
+  return *std::min_element(v.value, v.value + kLanes);
 #endif
 }
 
@@ -80,9 +78,7 @@ NEMO_HD int32_t sum(PerLane<int32_t>& v) {
 #ifdef __CUDA_ARCH__
   return __reduce_add_sync(~0u, v.value);
 #else
-  int32_t out = 0;
-  for (int lane = 0; lane < kLanes; ++lane) out += v[lane];
-  return out;
+  return std::accumulate(v.value, v.value + kLanes, 0);
 #endif
 }
 
@@ -98,12 +94,7 @@ NEMO_HD void sum_before(PerLane<int32_t>& v) {
   }
   v.value = total - v.value;
 #else
-  int32_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int32_t own = v[lane];
-    v[lane] = total;
-    total += own;
-  }
+  std::exclusive_scan(v.value, v.value + kLanes, v.value, 0);
 #endif
 }
 
