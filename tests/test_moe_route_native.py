@@ -9,7 +9,7 @@ import pytest
 import torch
 from fenced import EDGES, fenced
 from machine_code import functions_of, needs_nvcc
-from scores import spread
+from scores import not_finite, spread
 
 from nemokernels import testing
 from nemokernels._registry import FAMILIES
@@ -85,14 +85,7 @@ def test_ties_go_to_the_lower_index(device):
 
 @pytest.mark.parametrize("n_group, topk_group", [(1, 1), (4, 2)])
 def test_not_finite(device, n_group, topk_group):
-    logits, bias = spread(8, 16), torch.zeros(16)
-    logits[1, 5] = NAN
-    logits[2] = NAN
-    logits[3, ::2] = -INF
-    logits[4, 3], logits[4, 4] = INF, -INF
-    logits[5] = -INF
-    logits[6] = -200.0
-    bias[9], bias[2] = -INF, INF
+    logits, bias = not_finite()
     args = (logits, bias, 6, n_group, topk_group, True, 2.5)
     for a, b in zip(route(device, *args), ref.forward(*args)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scores import spread
+from scores import not_finite, spread
 
 from nemokernels import _triton, testing
 from nemokernels.ops.moe_route import kernel, op, ref
@@ -71,14 +71,7 @@ def test_ties_go_to_the_lower_index():
 
 @pytest.mark.parametrize("n_group, topk_group", [(1, 1), (4, 2)])
 def test_not_finite(n_group, topk_group):
-    logits, bias = spread(8, 16), torch.zeros(16)
-    logits[1, 5] = NAN
-    logits[2] = NAN
-    logits[3, ::2] = -INF
-    logits[4, 3], logits[4, 4] = INF, -INF
-    logits[5] = -INF
-    logits[6] = -200.0
-    bias[9], bias[2] = -INF, INF
+    logits, bias = not_finite()
     config = config_of(8, 16, 6, n_group)
     args = (logits, bias, 6, n_group, topk_group, True, 2.5)
     got, want = kernel.forward(*args, config), ref.forward(*args)
