@@ -12,6 +12,7 @@ import torch
 import nemokernels
 from nemokernels.models import save_pretrained
 from nemokernels.train import cli, demo, log
+from nemokernels.train.data import Corpus
 from nemokernels.train.log import Log, read
 from nemokernels.train.trainer import Report
 
@@ -148,6 +149,16 @@ def test_demo_verdicts_can_fail():
     assert not all(demo.verdicts(weak, good, good).values())
     for change in (dict(drafted=0), dict(mean_accepted_length=1.3), dict(tokens=[[1, 3]])):
         assert not all(demo.verdicts(reports, good, {**good, **change}).values())
+
+
+def test_demo_prompts_are_not_empty():
+    """However few texts there are, and however short."""
+    tokenizer = tiny.tokenizer()
+    for texts in (["a"], ["a", "bc"], tiny.TEXTS[:9]):
+        corpus = Corpus.from_texts(tokenizer, texts)
+        prompts = demo.beginnings(tokenizer, corpus)
+        assert len(prompts) == min(4, len(texts))
+        assert all(p and p[0] == t[0] for p, t in zip(prompts, texts))
 
 
 def test_log_drops_what_a_lost_checkpoint_had_written(tmp_path):

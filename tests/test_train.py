@@ -141,6 +141,19 @@ def test_refuses_another_run(tmp_path):
         trainer(tmp_path, seq_len=16).resume()
 
 
+def test_says_in_words_what_makes_it_another_run():
+    """Of two models only the fields that differ; of digests, what they are of."""
+    model = {"hidden_size": 8, "layers": 2, "rope": {"base": 1}}
+    before = {"model": model, "tokens": "c7c3", "seed": 0}
+    now = {"model": {**model, "layers": 3, "rope": {"base": 2}}, "tokens": "c7c3", "seed": 0}
+    assert checkpoint.differences(before, before) == []
+    assert checkpoint.differences(before, now) == ["layers was 2, now 3", "base was 1, now 2"]
+    now.update(model=model, tokens="eb19", seed=1)
+    assert checkpoint.differences(before, now) == [
+        "seed was 0, now 1", "the text, or how it is tokenised, is another"]  # fmt: skip
+    assert checkpoint.differences({"model": [1]}, now)[0].startswith("model was [1], now {")
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "state"])
 def test_refuses_a_damaged_checkpoint(tmp_path, damage):
     t = trainer(tmp_path)

@@ -100,6 +100,20 @@ def save(
     return target
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the facts of two runs, in words."""
+    changed = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += differences(old, new)
+        elif key == "tokens" and old != new:  # digests, which say nothing
+            changed.append("the text, or how it is tokenised, is another")
+        elif old != new:
+            changed.append(f"{key} was {old!r}, now {new!r}")
+    return changed
+
+
 def load(path: Path, module: nn.Module, optimizer: torch.optim.AdamW, facts: dict[str, Any]) -> int:
     """Fill module and optimizer from the checkpoint at ``path``; return its step.
 
@@ -112,12 +126,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.AdamW, facts: dic
         step, before = int(state["step"]), dict(state["facts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path}/state.json cannot be used: {error}") from None
-    changed = [
-        f"{key} was {before.get(key)!r}, now {facts.get(key)!r}"
-        for key in sorted({*before, *facts})
-        if before.get(key) != facts.get(key)
-    ]
-    if changed:
+    if changed := differences(before, facts):
         raise ResumeError(
             f"{path} belongs to a different run ({'; '.join(changed)}); "
             "train into another folder, or start over with --fresh"

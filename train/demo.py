@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -20,6 +20,9 @@ from nemokernels.models import NemotronHConfig, build
 from nemokernels.train import data
 from nemokernels.train.commands import fit, load_tokenizer
 from nemokernels.train.trainer import Report, Settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 VOCABULARY = 2048
 PROMPT_TOKENS, NEW_TOKENS, DRAFTS = 24, 64, 3
@@ -105,18 +108,25 @@ def demo(
     console.print(f"{len(corpus.tokens):,} tokens; model {CONFIG['hybrid_override_pattern']} with "
                   f"{count:,} parameters")  # fmt: skip
     reports = fit(model, tokenizer, corpus, settings, out, save_every=40, fresh=fresh)
-    prompts = [tokenizer.decode(corpus.tokens[a : a + PROMPT_TOKENS].tolist())
-               for a in [0, *corpus.ends[:3].tolist()]]  # fmt: skip
+    prompts = beginnings(tokenizer, corpus)
     plain = _generate(out / "model", prompts, drafts=0)
     drafted = _generate(out / "model", prompts, drafts=DRAFTS)
     return _report(console, out, reports, plain, drafted)
 
 
+def beginnings(tokenizer: Tokenizer, corpus: data.Corpus) -> list[str]:
+    """The first tokens of the first four texts, decoded; fewer where there are fewer texts."""
+    starts = [0, *corpus.ends[:-1].tolist()]
+    ranges = [slice(start, start + PROMPT_TOKENS) for start in starts[:4]]
+    return [tokenizer.decode(corpus.tokens[part].tolist()) for part in ranges]
+
+
 def _tokenizer(out: Path, texts: list[str], *, fresh: bool):
     path = out / "tokenizer.json"
     if fresh or not path.exists():
+        trained = data.train_tokenizer(texts[::4], VOCABULARY)
         out.mkdir(parents=True, exist_ok=True)
-        data.train_tokenizer(texts[::4] or texts, VOCABULARY).save(str(path))
+        trained.save(str(path))
     return load_tokenizer(path)
 
 
