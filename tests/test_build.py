@@ -15,6 +15,7 @@ import pytest
 import torch
 from machine_code import compiled, functions_of, needs_nvcc, output
 
+import nemokernels
 from nemokernels import _build, _ext
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +232,9 @@ def test_source_distribution_holds_what_git_tracks(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     build = "import setuptools.build_meta as b; b.build_sdist('out')"
     output(sys.executable, "-c", build, cwd=tmp_path)
-    with tarfile.open(next((tmp_path / "out").iterdir())) as archive:
+    (made,) = (tmp_path / "out").iterdir()
+    assert made.name == f"nemokernels-{nemokernels.__version__}.tar.gz"
+    with tarfile.open(made) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert not set(tracked) - held
 

@@ -50,7 +50,7 @@ def print_env(console: Console) -> None:
         console.print("device: " + ", ".join(str(v) for v in device.values()))
     installed = [f"{name} {version}" for name, version in data["packages"].items() if version]
     console.print("packages: " + ", ".join(installed))
-    console.print(f"compiled library: {data['extension']}", highlight=False)
+    console.print(f"compiled library: {data['extension']}", highlight=False, soft_wrap=True)
     table = Table("op", "backend here", "why not another", title="ops", title_justify="left")
     for name, entry in sorted(data["ops"].items()):
         reasons = [f"{backend}: {why}" for backend, why in entry["rejected"].items()]
