@@ -1,5 +1,7 @@
 """nemokernels: fused GPU primitives for NVIDIA's Nemotron models, as differentiable torch ops."""
 
+from pathlib import Path
+
 import torch
 
 from nemokernels._backends import backends, use_backend
@@ -63,6 +65,10 @@ from nemokernels.ops.w4a16 import TiledNVFP4, nvfp4_linear, tile_nvfp4, untile_n
 from nemokernels.patch import patch_transformers
 
 __version__ = "0.1.0"
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "_csrc").is_dir():  # a source tree: models, train and bench lie beside this folder
+    __path__.append(str(_HERE.parent))
 
 __all__ = [
     "FP8Experts",

@@ -218,7 +218,7 @@ def test_wheel_without_nvcc_is_pure_and_carries_the_sources(tree, tmp_path):
     home, csrc, digest, why = install(wheel, tmp_path / "venv")(
         "import nemokernels.models, nemokernels.train\n"
         "from nemokernels import _build, _ext\n"
-        "print(nemokernels.__path__[0], _build.source_dir(), sep='\\n')\n"
+        "print(*nemokernels.__path__, _build.source_dir(), sep='\\n')\n"
         "print(_build.source_digest(), _ext.find()[1], sep='\\n')"
     )
     assert home.startswith(str(tmp_path)) and csrc == f"{home}/_csrc"

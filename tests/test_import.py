@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run(code, cwd=None):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -42,6 +43,20 @@ def test_commands_that_read_no_text_need_no_extra():
         "assert main(['env']) == 0 and main(['models', 'Nemotron-H-8B']) == 0\n"
         "assert main(['generate', '.', '--prompt', 'x']) == 2\n"
     )
+
+
+def test_sources_are_whole_without_an_installation():
+    """Python in the folder of the sources imports these, even if a wheel is installed."""
+    code = (
+        "import sys\n"
+        "editable = [f for f in sys.meta_path if 'editable' in f'{f} {f.__module__}']\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if f not in editable]\n"
+        "import nemokernels.bench, nemokernels.models, nemokernels.train\n"
+        "print(nemokernels.__file__, nemokernels.models.__file__)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    found = run(code, cwd=root)
+    assert found == f"{root}/nemokernels/__init__.py {root}/models/__init__.py"
 
 
 def test_types_are_declared():
