@@ -7,6 +7,7 @@ import pytest
 import torch
 from expert_tiles import tiles_of
 from fenced import EDGES, fenced
+from machine_code import functions_of, needs_nvcc
 
 from nemokernels import NVFP4, moe_route, testing, tile_nvfp4
 from nemokernels.ops.moe_route.ref import group_rows
@@ -93,6 +94,45 @@ def test_without_a_table_of_tiles_the_same_bits(device, rows, experts):
                 for tiles in ((None, None), tiles_of(route[0], rows))
             )  # fmt: skip
             assert torch.equal(got, want) and want.isfinite().all()
+
+
+def test_down_may_begin_before_up_has_ended(device, rows=native.ROWS[0]):
+    """What up writes is read by all of down, some of which begins before."""
+    _, offsets, order = group_rows(torch.randint(40, (40, 1)), 40)
+    up, down = ([t.to(device) for t in random_weight(40, *s)] for s in ((304, 80), (48, 304)))
+    x = (torch.randn(40, 80) / 64).to(BF16).to(device)
+    route = [t.to(device) for t in (order, offsets)] + [None, None]
+
+    def run(early):
+        hidden = x.new_full((40, 304), torch.nan)
+        out = x.new_full((40, 48), torch.nan)
+        native.product(x, *up, *route, 1, "up", rows, hidden)
+        return native.product(hidden, *down, *route, 1, "slots", rows, out, 0, early).cpu()
+
+    want = run(False)
+    assert want.isfinite().all()
+    for _ in range(100 if device.type == "cuda" else 1):
+        assert torch.equal(run(True), want)
+    rows = native.ROWS[1]
+    with pytest.raises(RuntimeError, match="expected 8 rows per block to be early"):
+        run(True)
+
+
+@needs_nvcc
+def test_machine_code_waits_before_it_reads_what_is_written(build_cache):
+    for name in ("w4a16_bf16.cu", "w4a16_fp16.cu"):
+        found = functions_of(name)
+        early = [code for code in found if "Lb1E" in code.split("\n", 1)[0]]
+        assert len(found) == 4 and len(early) == 1
+        for code in found:
+            # griddepcontrol.wait: before x is read, and for whoever reads none
+            assert code.count("ACQBULK") == (2 if code in early else 0)
+            assert ("PREEXIT" in code) == (code not in early)  # griddepcontrol.launch_dependents
+        for code in early:
+            before, after = code.split("ACQBULK", 1)
+            # Weights, and rows of x.
+            assert "LDG.E.NA.LTC128B.64.CONSTANT" in before and "LDG.E.128" not in before
+            assert "LDG.E.128 " in after and "LDG.E.128.CONSTANT" not in after
 
 
 def test_wide_products_need_a_table(hopper_device):

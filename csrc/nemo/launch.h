@@ -25,6 +25,22 @@ namespace nemo {
 
 struct Empty {};
 
+// How two kernels that follow each other on a stream overlap: the first lets the second start once
+// all of its blocks have called, and the second, launched with kEarly, waits for the whole of the
+// first, and its writes, before it reads what that has written. The first itself must not be early:
+// all before it is then complete for both. Elsewhere neither does anything.
+NEMO_HD void let_next_start() {
+#ifdef __CUDA_ARCH__
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+NEMO_HD void wait_for_previous() {
+#ifdef __CUDA_ARCH__
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #ifdef USE_CUDA
 using Stream = cudaStream_t;
 #else
@@ -44,14 +60,24 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
   }
 }
 
-template <class Kernel>
+template <class Kernel, bool kEarly = false>
 void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream) {
-  if (blocks > 0) run<Kernel><<<dim3(unsigned(blocks)), Kernel::kThreads, 0, stream>>>(params);
+  if (blocks <= 0) return;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(Kernel::kThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = kEarly ? 1 : 0;
+  cudaLaunchKernelEx(&config, run<Kernel>, params);  // whoever launches asks for the last error
 }
 
 #elif !defined(USE_CUDA)
 
-template <class Kernel>
+template <class Kernel, bool kEarly = false>
 void launch(const typename Kernel::Params& params, int64_t blocks, Stream) {
   for (int64_t block = blocks; block-- > 0;) {  // a block that writes another's part shows
     typename Kernel::Shared shared;

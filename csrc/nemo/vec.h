@@ -54,18 +54,20 @@ inline void check_aligned(const void* p, size_t size) {
 }
 
 // kVec elements from p as one access if aligned, else the first `valid` one by one, zeros after.
-// The memory must not change while the kernel runs.
-template <bool kAligned, int kVec, class T>
+// The memory must not change while the kernel runs; before it is read it may, where kChanges.
+template <bool kAligned, int kVec, bool kChanges = false, class T>
 NEMO_HD Vec<T, kVec> load_vec(const T* p, int valid) {
   Vec<T, kVec> out;
   if constexpr (kAligned) {
     static_assert(sizeof out == 16 || sizeof out == 8);
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof out == 16) {
-      const uint4 in = __ldg(reinterpret_cast<const uint4*>(p));
+      const uint4* from = reinterpret_cast<const uint4*>(p);
+      const uint4 in = kChanges ? *from : __ldg(from);
       out.word[0] = in.x, out.word[1] = in.y, out.word[2] = in.z, out.word[3] = in.w;
     } else {
-      const uint2 in = __ldg(reinterpret_cast<const uint2*>(p));
+      const uint2* from = reinterpret_cast<const uint2*>(p);
+      const uint2 in = kChanges ? *from : __ldg(from);
       out.word[0] = in.x, out.word[1] = in.y;
     }
 #else

@@ -10,7 +10,8 @@
 
 namespace nemo::w4a16 {
 
-template <class T, int kColumns>
+// kEarly: the kernel before may still run, and writes x alone. Weights are loaded before the wait.
+template <class T, int kColumns, bool kEarly>
 struct ProductKernel {
   using Params = Product;
   static constexpr int kWarps = 4, kRowTiles = 2, kPieces = kColumns / 8;
@@ -37,7 +38,12 @@ struct ProductKernel {
   static NEMO_HD void walk(const Params& p, int64_t block, int thread, Shared& shared) {
     const Place at = place<kColumns, 16 * kRowTiles>(p, block, thread);
     if (thread == 0) shared.at = at;
-    if (at.expert < 0 || !leads_warp(thread)) return;
+    if (!kEarly && p.part == Part::kUp) let_next_start();
+    if (at.expert >= 0 && leads_warp(thread)) multiply(p, at, thread, shared);
+    if constexpr (kEarly) wait_for_previous();  // also whoever had nothing to multiply
+  }
+
+  static NEMO_HD void multiply(const Params& p, const Place& at, int thread, Shared& shared) {
     const int warp = thread / kLanes, depth = int(p.depth), units = int(ceil_div(p.depth, 64));
     const int64_t first_tile = p.first_tile + at.row_block * kRowTiles;
     const int tiles_here = int(smaller<int64_t>(p.weight_tiles - first_tile, kRowTiles));
@@ -78,13 +84,21 @@ struct ProductKernel {
             load_weights(inside, codes[lane] + skip * 512, scales[lane] + skip * 64, in.codes[r],
                          in.scales[r]);
           }
-          const int k = unit * 64 + 16 * (lane % 4);
+        }
+        if constexpr (kEarly) {
+          if (first == warp) wait_for_previous();
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          Loaded& in = loaded[i][lane];
+          const int k = (first + i * kWarps) * 64 + 16 * (lane % 4);
 #pragma unroll
           for (int c = 0; c < kPieces; ++c) {
             const bool inside = k < depth && x[c][lane] != nullptr;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              in.x[c][h] = inside ? load_vec<true, 8>(x[c][lane] + k + 8 * h, 8) : Vec<T, 8>{};
+              const T* from = x[c][lane] + k + 8 * h;
+              in.x[c][h] = inside ? load_vec<true, 8, kEarly>(from, 8) : Vec<T, 8>{};
             }
           }
         }
@@ -199,11 +213,11 @@ struct ProductKernel {
   }
 };
 
-template <class T, int kColumns>
+template <class T, int kColumns, bool kEarly>
 void run_product(const Product& p, Stream stream) {
-  using Kernel = ProductKernel<T, kColumns>;
+  using Kernel = ProductKernel<T, kColumns, kEarly>;
   const int64_t tiles = p.part == Part::kPlain ? ceil_div(p.rows, kColumns) : p.tiles;
-  launch<Kernel>(p, tiles * ceil_div(p.width, 16 * Kernel::kRowTiles), stream);
+  launch<Kernel, kEarly>(p, tiles * ceil_div(p.width, 16 * Kernel::kRowTiles), stream);
 }
 
 }  // namespace nemo::w4a16

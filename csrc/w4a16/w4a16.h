@@ -34,8 +34,10 @@ struct Product {
   TensorMap x_map;  // of run_wide
 };
 
-// T is nemo::bf16 or nemo::fp16; kColumns rows of x per block: 8, 16 or 32.
-template <class T, int kColumns>
+// T is nemo::bf16 or nemo::fp16; kColumns rows of x per block: 8, 16 or 32. kEarly, of the fewest: as
+// in launch.h, behind a kernel that writes x alone.
+inline constexpr int kFewest = 8;
+template <class T, int kColumns, bool kEarly>
 void run_product(const Product&, Stream);
 
 // The same for kWide rows of x per block, on sm_90 alone. Returns why not, or null.

@@ -2,8 +2,9 @@
 
 namespace nemo::w4a16 {
 
-template void run_product<nemo::fp16, 8>(const Product&, Stream);
-template void run_product<nemo::fp16, 16>(const Product&, Stream);
-template void run_product<nemo::fp16, 32>(const Product&, Stream);
+template void run_product<nemo::fp16, 8, false>(const Product&, Stream);
+template void run_product<nemo::fp16, 16, false>(const Product&, Stream);
+template void run_product<nemo::fp16, 32, false>(const Product&, Stream);
+template void run_product<nemo::fp16, 8, true>(const Product&, Stream);
 
 }  // namespace nemo::w4a16

@@ -28,7 +28,7 @@ const char* run_wide_part(Product& p, const OnDevice& device) {
 
 void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optional order,
              Optional offsets, Optional tile_expert, Optional tile_row, int64_t top_k, int64_t part,
-             int64_t rows, int64_t first, Tensor out) {
+             int64_t rows, int64_t first, bool early, Tensor out) {
   const OnDevice device(x);
   Product p{};
   p.rows = out.size(0);
@@ -70,6 +70,7 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
                       p.depth % 16 == 0 && (x.stride(1) == 1 || p.depth <= 1),
                   "expected rows of x aligned to 16 bytes");
   const bool brain = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!early || rows == kFewest, "expected ", kFewest, " rows per block to be early");
   if (rows == kWide) {
     STD_TORCH_CHECK(brain || x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
     STD_TORCH_CHECK(p.width % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
@@ -83,13 +84,16 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
     device.check();
     return;
   }
-  const bool known = static_switch<8, 16, 32>(int(rows), [&](auto columns) {
-    if (brain) {
-      run_product<bf16, columns>(p, device.stream());
-    } else {
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
-      run_product<fp16, columns>(p, device.stream());
-    }
+  STD_TORCH_CHECK(brain || x.scalar_type() == ScalarType::Half, "expected bfloat16 or float16");
+  if (early) {
+    const auto launch = brain ? run_product<bf16, kFewest, true> : run_product<fp16, kFewest, true>;
+    launch(p, device.stream());
+    device.check();
+    return;
+  }
+  const bool known = static_switch<kFewest, 16, 32>(int(rows), [&](auto columns) {
+    const auto launch = brain ? run_product<bf16, columns, false> : run_product<fp16, columns, false>;
+    launch(p, device.stream());
   });
   STD_TORCH_CHECK(known, "expected 8, 16, 32 or 256 rows per block, got ", rows);
   device.check();

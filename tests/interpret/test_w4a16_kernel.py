@@ -192,6 +192,19 @@ def test_wide_products_of_csrc(host_library, tokens, most):
     testing.assert_matches(got, ref.linear(x.double(), *weight, 24), ref.linear(x, *weight, 24))
 
 
+@pytest.mark.parametrize("rows, early", [
+    (native.ROWS[0], [0, 1, 0, 0]), (native.ROWS[1], [0] * 4), (native.WIDE, [0] * 4)])  # fmt: skip
+def test_only_what_follows_up_begins_early(monkeypatch, rows, early):
+    """Two passes over the columns of down behind one up, and no launch between the first two."""
+    seen = []
+    monkeypatch.setattr(native, "product", lambda *args: seen.append(args[9:]))
+    config = op.Config("csrc", Tile(rows, 128, 64, 4, 2), slot_bytes=1)
+    kernel.experts(*make(5, 4, 2, 272, 48, F16), config=config)
+    assert [part for part, *_ in seen] == ["up", "slots", "slots", "slots"]
+    assert [first for *_, first, _ in seen] == [0, 0, 128, 256]
+    assert [int(flag) for *_, flag in seen] == early
+
+
 def test_a_table_that_names_what_cannot_run(monkeypatch):
     x, weight = torch.randn(40, 80).half(), quantized(24, 80)
     tile = Tile(native.WIDE, 128, 64, 4, 2)

@@ -217,7 +217,9 @@ def experts(
     columns = at_once(x.shape[1], slots * x.element_size(), unit, config.slot_bytes)
     return in_passes(
         x.new_empty(slots, columns), y,
-        lambda rows, first: _product(hidden, down, rows, "slots", config, table, first),
+        lambda rows, first: _product(
+            hidden, down, rows, "slots", config, table, first, early=first == 0
+        ),
         lambda rows, out: slot_sum(rows, weights, out),
     )  # fmt: skip
 
@@ -231,9 +233,9 @@ class _Table:
         self.tiles = tiles_of(self.offsets, order.shape[0], rows, always=rows == native.WIDE)
 
 
-def _product(x, weight, out, part, config, table=None, first=0):
+def _product(x, weight, out, part, config, table=None, first=0, early=False):
     """out = part(x_r @ w_e), weight (codes, scales, global scale) in tiles; its columns from
-    ``first`` on."""
+    ``first`` on. ``early``: the launch before is the one that writes x."""
     codes, scales, scale_2 = (t.contiguous() for t in weight)
     rows, columns = out.shape
     tile, depth, width = config.tile, x.shape[1], codes.shape[-4] * 16
@@ -245,7 +247,7 @@ def _product(x, weight, out, part, config, table=None, first=0):
     top_k = 1 if table is None else table.top_k
     if config.backend == "csrc":
         native.product(aligned(x), codes, scales, scale_2, *route, top_k, part, tile.rows, out,
-                       first)  # fmt: skip
+                       first, early and tile.rows == native.ROWS[0])  # fmt: skip
         return
     whole = cdiv(depth, 64) % (tile.depth // 64) == 0
     w4a16_kernel[(tiles.count * cdiv(columns, tile.columns),)](
