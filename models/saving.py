@@ -93,7 +93,8 @@ def write_folder(
         os.rename(staging, folder)  # atomic; onto an empty folder too
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

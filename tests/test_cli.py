@@ -89,6 +89,7 @@ def test_train_then_generate(capsys, folder, tmp_path):
     [
         (["generate", "/absent", "--prompt", "x"], "/absent: no such folder"),
         (["generate", "{f}/model", "--prompt"], "--prompt names no text"),
+        (["generate", "{f}/model", "--prompt", "caf\udce9"], "--prompt: not UTF-8 text"),
         (["train", "--model", "/absent.json", "--data", "{f}/text.txt", "--out", "{t}/o",
           "--steps", "1"], "/absent.json: cannot be opened (No such file"),
         (["train", "--model", "no-such-variant", "--data", "{f}/text.txt", "--out", "{t}/o",

@@ -240,6 +240,8 @@ def generate(
     """
     if not prompt:
         raise DataError("--prompt names no text; give at least one")
+    if not all(map(_is_unicode, prompt)):
+        raise DataError("--prompt: not UTF-8 text")
     for option, given in (("--video-fps", video_fps), ("--video-pruning-rate", video_pruning_rate)):
         if given is not None and not video:
             raise DataError(f"{option} is about a --video, and there is none")
@@ -271,6 +273,11 @@ def generate(
     )
     _print_generation(tokenizer, prompt, result, time.perf_counter() - started, as_json=as_json)
     return 0
+
+
+def _is_unicode(text: str) -> bool:
+    """False of an argument whose bytes Python could not decode and keeps as surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _print_generation(
