@@ -68,7 +68,7 @@ def experts(count, width, hidden):
 def test_grouped(ends, squared_relu):
     offsets = torch.tensor(ends, dtype=torch.int32)
     q = quantize_nvfp4(torch.randn(ends[-1], 96))
-    (w, _) = experts(3, 96, 136)
+    w = next(experts(3, 96, 136))
     scales = ref.group_scales(q.scales.view(torch.uint8), offsets)
     args = [q.codes, scales, w.codes, w.scales.view(torch.uint8), w.global_scale * q.global_scale]
     low, exact = (
@@ -136,7 +136,7 @@ def test_nan_stays_in_its_row():
 @pytest.mark.parametrize("ends", [(900, 3, -7), (-1, -1, -1), (2**30, 0, 5)])
 def test_offsets_that_are_none_stay_in_bounds(ends):
     q = quantize_nvfp4(torch.randn(40, 96, device=GPU))
-    (w, _) = (move(e) for e in experts(3, 96, 136))
+    w = move(next(experts(3, 96, 136)))
     offsets = torch.tensor(ends, dtype=torch.int32, device=GPU)
     scales = torch.zeros(ref.padded_rows(40, 3), 8, dtype=torch.uint8, device=GPU)
     args = (q.codes, scales, w.codes, w.scales.view(torch.uint8), w.global_scale, offsets, False)
