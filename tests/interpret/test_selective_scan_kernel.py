@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from selective_scans import low_gradients
 
 from nemokernels import testing
 from nemokernels.ops.selective_scan import kernel, op, ref
@@ -37,21 +38,6 @@ def inputs(batch=1, length=9, dim=12, groups=1, state=4, dtype=torch.float32, wi
     return {**made, **dict.fromkeys(without)}
 
 
-def low_gradients(args):
-    """The reference's gradients; of those that are a few long sums, from three of its calls the one
-    that errs most, or chance makes the budget. (Gradients are linear in dout and dfinal.)"""
-    dout, dfinal, *rest = args
-    exact, low = ref.backward(*testing.to_double(args)), list(ref.backward(*args))
-    for factor in (3, 5, 7):
-        other = ref.backward(factor * dout.float(), factor * dfinal, *rest)
-        for i, (want, mine, scaled) in enumerate(zip(exact, low, other)):
-            if mine.dtype == torch.float32 and mine.numel():
-                scaled = scaled / factor
-                errors = [(t - want).abs().max() for t in (mine, scaled)]
-                low[i] = scaled if errors[1] > errors[0] else mine
-    return exact, low
-
-
 def compare(made, softplus=True, tile=TILE):
     """Forward and backward of the kernels within the budget of the reference; returns them."""
     args = [*(made[name] for name in INPUTS), softplus]
@@ -64,8 +50,8 @@ def compare(made, softplus=True, tile=TILE):
     args = [torch.randn_like(got[0]), torch.randn_like(got[1]), *args]
     with testing.poisoned_empty():
         grads = kernel.backward(*args, tile)
-    exact, low = low_gradients(args)
-    for name, *three in zip(GRADS, grads, exact, low):
+    exact = ref.backward(*testing.to_double(args))
+    for name, *three in zip(GRADS, grads, exact, low_gradients(args, exact)):
         testing.assert_matches(*three, name)
         assert three[0].dtype == three[2].dtype and three[0].is_contiguous()
     return got, grads
