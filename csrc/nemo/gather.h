@@ -55,19 +55,20 @@ class Copies {
       ++under_way_;
     } else {
       wait_copies<kBehind>();
-      hand_over(full);
+      publish_stores();
+      arrive(full);
     }
   }
 
   // After the last.
   NEMO_DEVICE void finish(Barrier (&full)[kStages]) {
     wait_copies<0>();
-    for (; under_way_ > 0; --under_way_) hand_over(full);
+    publish_stores();
+    for (; under_way_ > 0; --under_way_) arrive(full);
   }
 
  private:
-  NEMO_DEVICE void hand_over(Barrier (&full)[kStages]) {
-    publish_stores();
+  NEMO_DEVICE void arrive(Barrier (&full)[kStages]) {
     each_thread([&](int) { full[next_.stage].arrive(); });
     next_.next();
   }
