@@ -313,6 +313,16 @@ def test_wide_zero_sizes_and_what_is_refused(hopper_device):
         product(hopper_device, x, *args, x.new_empty(3, 33))
 
 
+def test_too_many_wide_tiles_are_refused(hopper_device):
+    """They are counted in 32 bits."""
+    x, width = torch.zeros(1, 64, dtype=BF16), 2**20
+    weight = [torch.zeros(width // 16, 1, 16, size, dtype=torch.uint8) for size in (32, 4)]
+    none = torch.full((2**31 // (width // 128),), -1, dtype=torch.int32)
+    args = (*weight, torch.ones(1)), (none[:1], none[:1], none, none), "slots", native.WIDE
+    with pytest.raises(RuntimeError, match="expected fewer tiles"):
+        product(hopper_device, x, *args, x.new_empty(1, width))
+
+
 @pytest.mark.parametrize("rows", [8, native.WIDE])
 def test_rows_that_overlap_are_copied(hopper_device, rows):
     weight, one = random_weight(40, 96), torch.randn(1, 96).to(BF16)

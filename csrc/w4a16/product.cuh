@@ -36,7 +36,7 @@ struct ProductKernel {
   };
 
   static NEMO_HD void walk(const Params& p, int64_t block, int thread, Shared& shared) {
-    const Place at = place<kColumns, 16 * kRowTiles>(p, block, thread);
+    const Place at = place<kColumns, 16 * kRowTiles>(p, uint32_t(block), thread);
     if (thread == 0) shared.at = at;
     if (!kEarly && p.part == Part::kUp) let_next_start();
     if (at.expert >= 0 && leads_warp(thread)) multiply(p, at, thread, shared);
@@ -57,7 +57,7 @@ struct ProductKernel {
 #pragma unroll
       for (int c = 0; c < kPieces; ++c) {
         const int64_t row = at.first + 8 * c + lane / 4, slot = slot_of(p, at, row);
-        const int64_t source = p.part == Part::kUp ? slot / p.top_k : row;
+        const int64_t source = p.part == Part::kUp ? uint32_t(slot) / uint32_t(p.top_k) : row;
         x[c][lane] = slot < 0 ? nullptr : static_cast<const T*>(p.x) + source * p.x_row;
       }
     });

@@ -64,6 +64,8 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
                                              (!tile_expert ||
                                               (tile_row && tile_row->numel() == p.tiles))),
                   "expected the route of every row");
+  constexpr int64_t kMost = int64_t{1} << 31;
+  STD_TORCH_CHECK(p.part != Part::kUp || (0 < top_k && top_k < kMost), "expected slots of a token");
   STD_TORCH_CHECK(x.size(0) * (p.part == Part::kUp ? top_k : 1) >= p.rows,
                   "expected a row per token to go up, else one per row of the result");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_row % 8 == 0 &&
@@ -77,7 +79,6 @@ void product(Tensor x, Tensor codes, Tensor scales, Tensor global_scale, Optiona
                         reinterpret_cast<uintptr_t>(p.codes) % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(p.scales) % 16 == 0,
                     "expected codes, scales and rows of the result aligned to 16 bytes");
-    constexpr int64_t kMost = int64_t{1} << 31;
     STD_TORCH_CHECK(p.rows < kMost && p.depth < kMost, "expected fewer elements");
     const char* refused = brain ? run_wide_part<bf16>(p, device) : run_wide_part<fp16>(p, device);
     STD_TORCH_CHECK(refused == nullptr, refused ? refused : "");

@@ -18,15 +18,16 @@ struct Place {
   int64_t expert, first, end, row_block;
 };
 
-// Of tiles of kColumns rows of x by kRows rows of the weight.
+// Of tiles of kColumns rows of x by kRows rows of the weight. A grid has fewer than 2^31 blocks:
+// divisions in 64 bits would be calls.
 template <int kColumns, int kRows>
-NEMO_HD Place place(const Product& p, int64_t block) {
-  const int64_t row_blocks = ceil_div(p.width, kRows), tile = block / row_blocks;
-  Place at{0, tile * kColumns, p.rows, block % row_blocks};
+NEMO_HD Place place(const Product& p, uint32_t block) {
+  const uint32_t row_blocks = ceil_div(p.width, kRows), tile = block / row_blocks;
+  Place at{0, int64_t{tile} * kColumns, p.rows, block % row_blocks};
   if (p.part != Part::kPlain) {
     at.expert = p.tile_expert[tile];
-    if (at.expert < 0 || at.expert >= p.experts) return {-1, 0, 0, 0};
     at.first = p.tile_row[tile];
+    if (at.expert < 0 || at.expert >= p.experts) return {-1, 0, 0, 0};
     at.end = smaller<int64_t>(p.offsets[at.expert], p.rows);
   }
   return at;
@@ -35,9 +36,10 @@ NEMO_HD Place place(const Product& p, int64_t block) {
 // The same by a warp, all lanes of which must call. Without a table tile i begins at row i, if that is
 // an expert's first or a multiple of kColumns rows behind it.
 template <int kColumns, int kRows>
-NEMO_HD Place place(const Product& p, int64_t block, int thread) {
+NEMO_HD Place place(const Product& p, uint32_t block, int thread) {
   if (p.part == Part::kPlain || p.tile_expert) return place<kColumns, kRows>(p, block);
-  const int64_t row_blocks = ceil_div(p.width, kRows), row = block / row_blocks;
+  const uint32_t row_blocks = ceil_div(p.width, kRows);
+  const int64_t row = block / row_blocks;
   PerLane<int32_t> before;  // experts whose rows end before this one
   each_lane(thread, [&](int lane) {
     before[lane] = 0;

@@ -48,12 +48,13 @@ struct WideKernel {
     }
   }
 
- private:
-  static NEMO_DEVICE int64_t places(const Params& p) {
+  // Below 2^31, as run_wide sees to.
+  static NEMO_HD int64_t places(const Params& p) {
     const int64_t tiles = kPart == Part::kPlain ? ceil_div(p.rows, kWide) : p.tiles;
     return tiles * ceil_div(p.width, kRows);
   }
 
+ private:
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
     constexpr int64_t kSize = sizeof(T);
     if (!kGather && !brings_some()) return;
@@ -62,7 +63,7 @@ struct WideKernel {
     Copies<kStages> copies;
     PerThread<const uint8_t*> from;
     for (int64_t index = block; index < places(p); index += blocks) {
-      const Place at = place<kWide, kRows>(p, index);
+      const Place at = place<kWide, kRows>(p, uint32_t(index));
       if (at.expert < 0) break;  // so have all tiles behind
       if (at.first >= at.end) continue;
       each_thread([&](int t) { from[t] = source(p, at, t); });
@@ -124,7 +125,7 @@ struct WideKernel {
                                        Shared& shared) {
     Turn<kStages> turn;
     for (int64_t index = block; index < places(p); index += blocks) {
-      const Place at = place<kWide, kRows>(p, index);
+      const Place at = place<kWide, kRows>(p, uint32_t(index));
       if (at.expert < 0) break;
       if (at.first >= at.end) continue;
       PerThread<Sums<kWide>> sums;
@@ -203,6 +204,11 @@ struct WideKernel {
   static NEMO_DEVICE void store(const Params& p, const Place& at, int group,
                                 PerThread<Sums<kWide>>& sums) {
     const float scale = p.global_scale[at.expert] * kLeftOver;
+    PerThread<int64_t> slot[kColumns / 16];  // asked for together
+    each_thread([&](int t) {
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 16) slot[c / 16][t] = slot_of(p, at, row_of(at, c, t));
+    });
 #pragma unroll
     for (int c = 0; c < kColumns; c += 16) {
       PerThread<uint32_t> word[4];
@@ -217,13 +223,18 @@ struct WideKernel {
       transpose(word);
       each_thread([&](int t) {
         const int lane = t % kLanes;
-        const int64_t row = at.first + c + lane % 4 / 2 * 8 + lane / 4, slot = slot_of(p, at, row);
         const int64_t n = at.row_block * kRows + group * kGroupRows + t / kLanes * 16 + lane % 2 * 8;
-        if (slot < 0 || n >= p.width) return;
-        const int64_t to = offset(kPart == Part::kSlots ? slot : row, p.width, n, 1);
+        if (slot[c / 16][t] < 0 || n >= p.width) return;
+        const int64_t row = kPart == Part::kSlots ? slot[c / 16][t] : row_of(at, c, t);
+        const int64_t to = offset(row, p.width, n, 1);
         store_words(static_cast<T*>(p.out) + to, word[0][t], word[1][t], word[2][t], word[3][t]);
       });
     }
+  }
+
+  // Of the 16 rows from c on, the one a thread stores.
+  static NEMO_DEVICE int64_t row_of(const Place& at, int c, int t) {
+    return at.first + c + t % 4 / 2 * 8 + t % kLanes / 4;
   }
 
   static NEMO_DEVICE float result(float v) { return kPart == Part::kUp ? squared_relu(v) : v; }
@@ -232,15 +243,14 @@ struct WideKernel {
 template <class T, Part kPart>
 const char* run_wide(Product& p, Stream stream) {
   using Kernel = WideKernel<T, kPart>;
+  const int64_t places = Kernel::places(p);
+  if (places >= int64_t{1} << 31) return "expected fewer tiles";
   const char* refused = prepare_warpgroups<Kernel>();
   if (refused == nullptr && !Kernel::kGather) {
     const int64_t row = p.x_row * int64_t(sizeof(T));
     refused = make_tensor_map<T>({p.x, {p.depth, p.rows, 1}, {row, p.rows * row}, kWide}, p.x_map);
   }
-  const int64_t tiles = kPart == Part::kPlain ? ceil_div(p.rows, kWide) : p.tiles;
-  if (refused == nullptr) {
-    launch_warpgroups<Kernel>(p, tiles * ceil_div(p.width, Kernel::kRows), stream);
-  }
+  if (refused == nullptr) launch_warpgroups<Kernel>(p, places, stream);
   return refused;
 }
 
