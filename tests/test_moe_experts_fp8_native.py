@@ -6,6 +6,7 @@ Every test runs twice: the kernels as warpgroups on the CPU, and, with a GPU, as
 import pytest
 import torch
 from expert_tiles import tiles_of
+from fenced import EDGES, fenced
 
 from nemokernels import moe_route, testing
 from nemokernels.ops.moe_experts import native, ref
@@ -148,6 +149,17 @@ def test_a_table_of_tokens_says_whose_a_slot_is(device, part):
         place = turned.argsort()
         problem.tokens = place[torch.arange(24) // 2].int().to(device)
     assert torch.equal(problem.run(device, 128), want)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("part, tile", TILES)
+def test_reads_nothing_beyond_its_operands(host_library, part, tile, per_row, edge):
+    problem = Problem(part, 35, tile + 16, 48, per_row)
+    want = problem.run("cpu", tile)
+    for name in ("a", "weights", "order", "offsets", "a_scale", "b_scale", "out_scale"):
+        setattr(problem, name, fenced(getattr(problem, name), edge))
+    assert torch.equal(problem.run("cpu", tile), want)
 
 
 @pytest.mark.parametrize("change, message", [

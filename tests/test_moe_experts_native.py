@@ -171,6 +171,39 @@ def test_nan_and_infinity_stay_where_they_belong(device, part, tile, value):
     assert torch.equal(got[fine], clean[fine]) and fine.sum() > 10
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_went_up_may_be_no_number(device, value):
+    problem = Problem("dhidden", 30, 24, 72)
+    problem.hidden[5:7] = value
+    (out, (sums,)), want = problem.run(device, 192), problem.plain(torch.float32)
+    for a, b in zip((out, sums), want):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+
+
+def test_columns_that_there_are_not_add_nothing(device):
+    """To the sums over columns: infinity times the zeros in their place would be NaN."""
+    problem = Problem("dhidden", 8, 24, 72)
+    problem.weights, problem.hidden = problem.weights.abs() + 1, problem.hidden + 1
+    problem.a[3] = torch.inf
+    _, (sums,) = problem.run(device, 192)
+    assert sums.isinf().nonzero().flatten().tolist() == [6, 7] and not sums.isnan().any()
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("part, tile", SOME)
+def test_reads_nothing_beyond_its_operands(host_library, part, tile, edge):
+    """Rows and columns that fill no tile."""
+    problem = Problem(part, 35, tile + 8, 72)
+    want = problem.run("cpu", tile)
+    for name in ("a", "order", "offsets", "slot_weights", "hidden"):
+        setattr(problem, name, fenced(getattr(problem, name), edge))
+    if problem.weights.is_contiguous():
+        problem.weights = fenced(problem.weights, edge)
+    else:
+        problem.weights = fenced(problem.weights.mT, edge).mT
+    assert all(torch.equal(a, b) for a, b in zip(problem.run("cpu", tile), want))
+
+
 @pytest.mark.parametrize("part, tile", SOME)
 def test_strided_operands(device, part, tile):
     problem = Problem(part, 20, 40, 72)
@@ -227,6 +260,15 @@ def test_tiles_of_another_width_are_refused(device):
     for part in ("up", "slots", "slots across", "dhidden"):
         with pytest.raises(RuntimeError, match="tiles of another width"):
             Problem(part, 4, 16, 24).run(device, 128)
+
+
+def test_too_many_tiles_are_refused(device):
+    """They are counted in 32 bits."""
+    a, weights = (torch.empty(s, dtype=BF16, device=device) for s in ((0, 8), (1, 1, 8)))
+    none = torch.full((1 + 2**31 // (2**27 // 192),), -1, dtype=torch.int32, device=device)
+    given = a, weights.expand(1, 2**27, 8), none[:0], none[:1]
+    with pytest.raises(RuntimeError, match="expected fewer tiles"):
+        native.product(*given, none, none, 2, "up", 192, a.new_empty(0, 2**27))
 
 
 def test_which_weights_are_taken():

@@ -48,20 +48,14 @@ struct ProductKernel {
   }
 
  private:
-  static NEMO_DEVICE int64_t places(const Params& p) {
-    return p.tiles * ceil_div(p.columns, kColumns);
-  }
-
   static NEMO_DEVICE void bring(const Params& p, int64_t block, int64_t blocks, Shared& shared) {
     constexpr int64_t kSize = sizeof(T);
     if (!kGather && !is_first()) return;
     Turn<kStages> turn;
     Gather<kRows> tokens;
     Copies<kStages> copies;
-    for (int64_t index = block; index < places(p); index += blocks) {
-      const Place at = place(p, index, kColumns);
-      if (at.expert < 0) break;
-      if (!at.has_rows()) continue;
+    Tiles<kColumns> tiles(p, block, blocks);
+    for (Place at; tiles.next(p, at);) {
       if constexpr (kGather) {
         tokens.point([&](int line) {
           const int64_t slot = slot_of(p, at, at.first + line);
@@ -100,15 +94,14 @@ struct ProductKernel {
   static NEMO_DEVICE void multiply_all(const Params& p, int64_t block, int64_t blocks, int group,
                                        Shared& shared) {
     Turn<kStages> turn;
-    for (int64_t index = block; index < places(p); index += blocks) {
-      Place at = place(p, index, kColumns);
-      if (at.expert < 0) break;
-      if (!at.has_rows()) continue;
+    Tiles<kColumns> tiles(p, block, blocks);
+    for (Place at; tiles.next(p, at);) {
       at.first += group * kGroupRows;
       if (at.has_rows()) {
+        Store<T, kColumns, kPart> store;
         PerThread<Sums<kColumns>> sums;
-        multiply_tile(p, turn, group, shared, sums);
-        Store<T, kColumns, kPart>::store(p, at, sums);
+        multiply_tile(p, turn, group, shared, sums, [&] { store.prepare(p, at); });
+        store.store(p, at, sums);
       } else {
         for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
           shared.full[turn.stage].wait(turn.parity);
@@ -118,8 +111,11 @@ struct ProductKernel {
     }
   }
 
+  // meanwhile() runs while the first products do.
+  template <class F>
   static NEMO_DEVICE void multiply_tile(const Params& p, Turn<kStages>& turn, int group,
-                                        Shared& shared, PerThread<Sums<kColumns>>& sums) {
+                                        Shared& shared, PerThread<Sums<kColumns>>& sums,
+                                        F meanwhile) {
     if constexpr (sizeof(T) == 1) {
       // Products of E4M3 keep 14 bits of a sum: every stage is added in float32. Meanwhile the
       // other warpgroup multiplies.
@@ -131,6 +127,7 @@ struct ProductKernel {
         PerThread<Sums<kColumns>> part;
         shared.full[turn.stage].wait(turn.parity);
         multiply_stage(shared, turn.stage, group, part, false);
+        if (k == 0) meanwhile();
         wait_products<0>();
         settle<kColumns>(part);
         release(shared.empty[turn.stage]);
@@ -145,6 +142,7 @@ struct ProductKernel {
       for (int64_t k = 0; k < p.depth; k += kDepth, turn.next()) {
         shared.full[turn.stage].wait(turn.parity);
         multiply_stage(shared, turn.stage, group, sums, k > 0);
+        if (k == 0) meanwhile();
         wait_products<1>();
         if (k > 0) release(shared.empty[before]);
         before = turn.stage;
@@ -173,6 +171,8 @@ struct ProductKernel {
 template <class T, int kColumns, Part kPart, bool kAcross>
 const char* run_product(Product& p, const Operands& operands, Stream stream) {
   using Kernel = ProductKernel<T, kColumns, kPart, kAcross>;
+  const int64_t tiles = Tiles<kColumns>::count(p);
+  if (tiles >= int64_t{1} << 31) return "expected fewer tiles";
   const char* refused = prepare_warpgroups<Kernel>();
   if (refused == nullptr && !Kernel::kGather) {
     TensorShape a = operands.a;
@@ -182,9 +182,7 @@ const char* run_product(Product& p, const Operands& operands, Stream stream) {
   TensorShape b = operands.b;
   b.lines = kAcross ? Kernel::kDepth : kColumns;
   if (refused == nullptr) refused = make_tensor_map<T>(b, p.b_map);
-  if (refused == nullptr) {
-    launch_warpgroups<Kernel>(p, p.tiles * ceil_div(p.columns, kColumns), stream);
-  }
+  if (refused == nullptr) launch_warpgroups<Kernel>(p, tiles, stream);
   return refused;
 }
 

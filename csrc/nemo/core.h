@@ -190,4 +190,15 @@ NEMO_HD float sigmoid(float v) {
 #endif
 }
 
+// Within 2^-23 of the root, relative; numbers below 2^-126 count as zero. The host errs no less.
+NEMO_HD float approximate_sqrt(float v) {
+#ifdef __CUDA_ARCH__
+  float out;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+#else
+  return 0.0f <= v && v < 0x1p-126f ? 0.0f : std::sqrt(v) * (1.0f + 0x1p-23f);
+#endif
+}
+
 }  // namespace nemo

@@ -138,6 +138,15 @@ NEMO_HD uint32_t pack_halves(float low, float high) {
 #endif
 }
 
+// Two E4M3, the first in the low byte.
+NEMO_HD uint32_t pack_bytes(float low, float high) {
+#ifdef __CUDA_ARCH__
+  return __nv_cvt_float2_to_fp8x2({low, high}, __NV_SATFINITE, __NV_E4M3);
+#else
+  return from_float<e4m3>(low).bits | uint32_t(from_float<e4m3>(high).bits) << 8;
+#endif
+}
+
 // Element by element, each product rounded to T; subnormal numbers count.
 template <class T>
 NEMO_HD uint32_t multiply_halves(uint32_t a, uint32_t b) {

@@ -271,7 +271,11 @@ NEMO_DEVICE void transpose(PerThread<uint32_t> (&value)[4]) {
 }
 
 NEMO_DEVICE float squared_relu(float v) {
+#ifdef USE_CUDA
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
+#else
   v = v < 0.0f ? 0.0f : v;  // NaN stays
+#endif
   return v * v;
 }
 
