@@ -248,6 +248,15 @@ def test_runs_again_in_the_backward():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("without", [(), ("rmsnorm_weight",)])
+def test_the_result_may_be_changed_in_place(without):
+    args = {n: t for n, t in inputs().items() if n not in (*without, *NAMES[-2:])}
+    leaves = list(args.values())
+    grads = [torch.autograd.grad(out.mul_(3) if in_place else 3 * out, leaves, torch.ones_like(out))
+             for in_place, out in ((True, run(args)), (False, run(args)))]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_double_backward_raises():
     args = inputs()
     grads = torch.autograd.grad(run(args).square().sum(), list(args.values()), create_graph=True)

@@ -188,11 +188,10 @@ class _Mixer(torch.autograd.Function):
         y, final, ungated = op.ssd_chunk_scan(
             x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx, cu_seqlens, *options
         )
-        y = y.flatten(2)
         if norm_weight is None:
             kept = ungated if gate is None else ungated.flatten(2)
-            return y, final, kept, y.new_empty(0)
-        eps, before = norm
+            return y, final, kept, y.new_empty(0)  # not a view: nobody could change it in place
+        y, (eps, before) = y.flatten(2), norm
         out, rstd = gated_norm.gated_rms_norm(
             y, norm_weight, None, z, eps, sizes.inner // sizes.groups, before
         )
@@ -209,7 +208,7 @@ class _Mixer(torch.autograd.Function):
     def backward(ctx, dout, dfinal, _dscanned, _drstd):
         saved, sizes = ctx.saved_tensors, ctx.sizes  # once: recomputation allows no second time
         grads = mamba_mixer_backward(
-            dout, dfinal, *saved, sizes.heads, sizes.headdim, sizes.groups, ctx.silu,
+            dout.flatten(2), dfinal, *saved, sizes.heads, sizes.headdim, sizes.groups, ctx.silu,
             ctx.before, *ctx.options,
         )  # fmt: skip
         grads = (None if t is None else grad for t, grad in zip(saved, grads))
@@ -243,4 +242,4 @@ def mix(
         zxbcdt, conv_weight, conv_bias, A, D, dt_bias, norm_weight, initial_states, seq_idx,
         cu_seqlens, sizes, silu, norm, options,
     )  # fmt: skip
-    return out, final, scanned
+    return out.flatten(2), final, scanned
