@@ -46,7 +46,7 @@ def replay(fn):
     with torch.cuda.graph(graph):
         out = fn()
     for _ in range(2):
-        tree_map(lambda t: t.fill_(-1), out)
+        tree_map(lambda t: t.detach().fill_(-1), out)  # an output may be a view
         graph.replay()
     torch.cuda.synchronize()
     return out
