@@ -31,7 +31,6 @@ class Store {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         PerThread<uint32_t> word[4];
-        if constexpr (kPart == Part::kDHidden) turn_hidden(half, step, word);
         each_thread([&](int t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -46,7 +45,7 @@ class Store {
               word[i][t] = pack_halves<T>(up ? squared_relu(sum[0]) : sum[0],
                                           up ? squared_relu(sum[1]) : sum[1]);
             } else {
-              word[i][t] = gradient(sum, word[i][t], row_[half][t], column);
+              word[i][t] = gradient(sum, hidden_[half][column / 8][t], row_[half][t], column);
             }
           }
         });
@@ -102,15 +101,16 @@ class Store {
             slot >= 0 ? columns_of(p, at) : 0, scale, 0.0f};
   }
 
-  // Beyond the last row or column stands the last: a load without a condition is no branch.
+  // Pairs of neighbours, as the sums lie. Beyond the last row or column stands the last: a load
+  // without a condition is no branch.
   static NEMO_DEVICE void load_hidden(const Product& p, const Place& at, int64_t row, int t,
-                                      PerThread<Vec<T, kPiece>> (&hidden)[kSteps]) {
-    row = smaller(row, at.end - 1);
-    const T* from = static_cast<const T*>(p.hidden) + offset(row, p.columns, at.column, 1);
+                                      PerThread<uint32_t> (&hidden)[kColumns / 8]) {
+    const int64_t first = offset(smaller(row, at.end - 1), p.columns, at.column + 2 * (t % 4), 1);
+    const T* from = static_cast<const T*>(p.hidden) + first;
+    const uint32_t last = columns_of(p, at) / 8 - 1;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = smaller(kStep * step + kPiece * (t % 4), columns_of(p, at) - kPiece);
-      hidden[step][t] = load_vec<true, kPiece>(from + column, kPiece);
+    for (uint32_t i = 0; i < kColumns / 8; ++i) {
+      hidden[i][t] = load_vec<true, 2>(from + 8 * smaller(i, last), 2).word[0];
     }
   }
 
@@ -158,14 +158,6 @@ class Store {
     }
   }
 
-  NEMO_DEVICE void turn_hidden(int half, int step, PerThread<uint32_t> (&word)[4]) {
-    each_thread([&](int t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) word[i][t] = hidden_[half][step][t].word[i];
-    });
-    transpose(word);
-  }
-
   // A root that is 2^-23 off and two products leave 2^-22 of a gradient before it is rounded to 16
   // bits, up to 2^-11 or 2^-8 of it; an exact root would leave 2^-22.4. The scale holds the two.
   static NEMO_DEVICE uint32_t gradient(const float* sum, uint32_t hidden, Row& row, int column) {
@@ -193,7 +185,7 @@ class Store {
   }
 
   PerThread<Row> row_[2];
-  PerThread<Vec<T, kPiece>> hidden_[2][kSteps];  // of kDHidden
+  PerThread<uint32_t> hidden_[2][kColumns / 8];  // of kDHidden
 };
 
 }  // namespace nemo::moe_experts

@@ -59,9 +59,11 @@ template <bool kAligned, int kVec, bool kChanges = false, class T>
 NEMO_HD Vec<T, kVec> load_vec(const T* p, int valid) {
   Vec<T, kVec> out;
   if constexpr (kAligned) {
-    static_assert(sizeof out == 16 || sizeof out == 8);
+    static_assert(sizeof out == 16 || sizeof out == 8 || sizeof out == 4);
 #ifdef __CUDA_ARCH__
-    if constexpr (sizeof out == 16) {
+    if constexpr (sizeof out == 4) {
+      out.word[0] = __ldg(reinterpret_cast<const uint32_t*>(p));
+    } else if constexpr (sizeof out == 16) {
       const uint4* from = reinterpret_cast<const uint4*>(p);
       const uint4 in = kChanges ? *from : __ldg(from);
       out.word[0] = in.x, out.word[1] = in.y, out.word[2] = in.z, out.word[3] = in.w;
