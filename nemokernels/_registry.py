@@ -77,7 +77,7 @@ class Operator:
     overload: torch._ops.OpOverload
     reference: Callable
     example: Example | None
-    probes: Mapping[str, Sequence[Example]]
+    probes: Mapping[str, Sequence[Example]] = field(hash=False)
     differentiable: bool
 
 
