@@ -252,14 +252,14 @@ def test_strided_rows_and_repeats(device, rows=8):
     assert torch.equal(run(torch.cat([x, x], 1)[:, :96]), want) and torch.equal(run(x), want)
 
 
-@pytest.mark.parametrize("x, message", [
-    (torch.ones(3, 65, dtype=BF16)[:, 1:], "aligned to 16 bytes"),
-    (torch.ones(3, 64), "bfloat16 or float16"),
-    (torch.ones(3, 128, dtype=BF16), "in tiles of 16 x 64"),
-    (torch.ones(2, 64, dtype=BF16), "one per row of the result"),
+@pytest.mark.parametrize("part, message", [
+    (lambda x: x[:, 1:65], "aligned to 16 bytes"),
+    (lambda x: x[:, :64].float(), "bfloat16 or float16"),
+    (lambda x: x, "in tiles of 16 x 64"),
+    (lambda x: x[:2, :64], "one per row of the result"),
 ])  # fmt: skip
-def test_refused(device, x, message):
-    weight = random_weight(16, 64)
+def test_refused(device, part, message):
+    weight, x = random_weight(16, 64), part(torch.ones(3, 128, dtype=BF16, device=device))
     with pytest.raises(RuntimeError, match=message):
         product(device, x, weight, (None,) * 4, "plain", 8, x.new_empty(3, 16))
 
