@@ -13,6 +13,9 @@ class Store {
   // What memory says of the tile's rows, asked for while products run: it has arrived when their
   // sums are there.
   NEMO_DEVICE void prepare(const Product& p, const Place& at) {
+    float out_scale = 1.0f;
+    if (kScaled && kPart == Part::kUp) out_scale = p.out_scale[at.expert];
+    if (kScaled && !p.per_column) scale_ = p.b_scale[at.expert];
     each_thread([&](int t) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -21,6 +24,7 @@ class Store {
         if constexpr (kPart == Part::kDHidden) load_hidden(p, at, row, t, hidden_[half]);
       }
     });
+    inverse_ = 1.0f / out_scale;
   }
 
   NEMO_DEVICE void store(const Product& p, const Place& at, PerThread<Sums<kColumns>>& sums) {
@@ -38,8 +42,8 @@ class Store {
             if (column >= kColumns) continue;
             const float* sum = sums[t].value + column / 2 + 2 * half;
             if constexpr (kScaled) {
-              word[i][t] = scaled(sum, scales[t].column + column / 4, row_[half][t].scale,
-                                  scales[t].inverse);
+              word[i][t] = scaled(sum, scales[t].value + column / 4, row_[half][t].scale,
+                                  inverse_);
             } else if constexpr (kPart != Part::kDHidden) {
               const bool up = kPart == Part::kUp;
               word[i][t] = pack_halves<T>(up ? squared_relu(sum[0]) : sum[0],
@@ -79,10 +83,9 @@ class Store {
     float scale, dweight;
   };
 
-  // Of E4M3: of the weights, for the columns that a thread has sums of, in the order of one row's
-  // sums; what the result is multiplied by.
+  // Of the weights in E4M3: for the columns that a thread has sums of, in the order of those.
   struct Scales {
-    float column[kColumns / 4], inverse;
+    float value[kColumns / 4];
   };
 
   static NEMO_DEVICE int columns_of(const Product& p, const Place& at) {
@@ -114,21 +117,19 @@ class Store {
     }
   }
 
-  static NEMO_DEVICE Scales scales_of(const Product& p, const Place& at, int t) {
+  NEMO_DEVICE Scales scales_of(const Product& p, const Place& at, int t) {
     Scales out;
     if (p.per_column) {
       const float* from = p.b_scale + offset(at.expert, p.b_width, p.first + at.column, 1);
 #pragma unroll
       for (int i = 0; i < kColumns / 4; ++i) {
         const int unit = smaller(i / 4 * 16, columns_of(p, at) - 16);
-        out.column[i] = (from + unit + 2 * (t % 4))[i / 2 % 2 * 8 + i % 2];
+        out.value[i] = (from + unit + 2 * (t % 4))[i / 2 % 2 * 8 + i % 2];
       }
     } else {
-      const float scale = p.b_scale[at.expert];
 #pragma unroll
-      for (int i = 0; i < kColumns / 4; ++i) out.column[i] = scale;
+      for (int i = 0; i < kColumns / 4; ++i) out.value[i] = scale_;
     }
-    out.inverse = kPart == Part::kUp ? 1.0f / p.out_scale[at.expert] : 1.0f;
     return out;
   }
 
@@ -185,6 +186,7 @@ class Store {
   }
 
   PerThread<Row> row_[2];
+  float scale_, inverse_;  // of E4M3: the weights' if it is the expert's; one over the result's
   PerThread<uint32_t> hidden_[2][kColumns / 8];  // of kDHidden
 };
 
